@@ -1,0 +1,120 @@
+"""What users hand in: one error for what cannot be used, and the rules a preference row must keep.
+
+A row is a pair: `chosen` and `rejected`, and mostly a `prompt`, each a text or a list of messages. A row that breaks a
+rule stops everything, with its number; a row that keeps them all and still can teach nothing is named by
+`useless`, to be left out and counted. No torch here, so that whoever only reads data can import it.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["InputError", "check_rows", "nearest", "row_fault", "useless"]
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message names the field and the remedy."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say " Did you mean 'x'?" for the known name closest to `name`, or nothing where none is close."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def row_fault(row: Mapping[str, Any], *, needs_wins: bool = False) -> str | None:
+    """Say what makes a row unusable, in words that follow "row 3 of the train dataset", or None."""
+    sides = [side for side in ("prompt", "chosen", "rejected") if side != "prompt" or "prompt" in row]
+    for side in sides:
+        value = row.get(side)
+        if value is None:
+            return f"has no '{side}'; fill it or remove the row"
+        if isinstance(value, str):
+            continue
+        if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+            return f"has {_type(value)} as '{side}'; it must be a text or a list of messages"
+        if any(not message.get("role") for message in value):
+            return f"has a message without 'role' in '{side}'; every message needs 'role' and 'content'"
+        if not value and (side == "prompt" or "prompt" not in row):
+            return f"has an empty list as '{side}'; it needs at least one message"
+    if len({isinstance(row[side], str) for side in sides}) > 1:
+        return f"mixes texts and lists of messages in {' and '.join(repr(side) for side in sides)}; use one of the two"
+    return _wins_fault(row) if needs_wins else None
+
+
+def _wins_fault(row: Mapping[str, Any]) -> str | None:
+    wins = row.get("chosen_wins")
+    rule = "'apo_blend' needs the probability, from 0 to 1, that chosen beats the policy's own answer"
+    if wins is None:
+        return f"has no 'chosen_wins'; {rule}"
+    if isinstance(wins, bool) or not isinstance(wins, (int, float)):
+        return f"has {wins!r} as 'chosen_wins'; {rule}"
+    if math.isnan(wins) or not 0 <= wins <= 1:
+        return f"has chosen_wins={wins}; {rule}"
+    return None
+
+
+def check_rows(dataset: Any, name: str, *, needs_wins: bool = False) -> None:
+    """Raise InputError for the first row of a `datasets.Dataset` that training could not use.
+
+    `name` is what the message calls the dataset ("train", "eval").
+    """
+    columns = list(dataset.column_names)
+    needed = ["chosen", "rejected", *(["chosen_wins"] if needs_wins else [])]
+    for column in needed:
+        if column not in columns:
+            why = ", which the loss 'apo_blend' needs" if column == "chosen_wins" else ""
+            raise InputError(
+                f"The {name} dataset has no column '{column}'{why}; its columns are {columns}."
+                f"{nearest(column, columns)} Add it, or rename one with `dataset.rename_column`."
+            )
+    if len(dataset) == 0:
+        raise InputError(f"The {name} dataset has no rows; give it at least one pair.")
+    read = [column for column in ("prompt", *needed) if column in columns]
+    for number, row in enumerate(dataset.select_columns(read)):
+        if fault := row_fault(row, needs_wins=needs_wins):
+            raise InputError(f"Row {number} of the {name} dataset {fault}.")
+
+
+def useless(
+    row: Mapping[str, Any], *, max_length: int | None = None, keep_end: bool = False, eos_token: str = ""
+) -> str | None:
+    """Name the reason why a pair can teach nothing, or None.
+
+    Looks at the texts and, where the row has `prompt_ids`, `chosen_ids` and `rejected_ids`, at the tokens that are left
+    after truncation to `max_length`, as TRL's collator cuts them (the start is kept, or the end with `keep_end`).
+    """
+    chosen, rejected = row["chosen"], row["rejected"]
+    if _blank(chosen, eos_token) or _blank(rejected, eos_token):
+        return "a completion is empty"
+    if chosen == rejected:
+        return "chosen equals rejected"
+    if "prompt_ids" not in row:
+        return None
+    prompt, sides = row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])
+    if not all(sides):
+        return "a completion is empty"
+    if max_length is None:
+        kept = sides
+    elif keep_end:
+        kept = tuple((prompt + side)[-max_length:] for side in sides)
+    else:
+        kept = tuple(side[: max(0, max_length - len(prompt))] for side in sides)
+    if sides[0] == sides[1]:
+        return "chosen equals rejected as tokens"
+    return f"chosen equals rejected after truncation to max_length={max_length}" if kept[0] == kept[1] else None
+
+
+def _blank(completion: str | list[dict[str, Any]], eos_token: str) -> bool:
+    if isinstance(completion, str):
+        return not completion.removesuffix(eos_token).strip()
+    return all(
+        not (content.strip() if isinstance(content := message.get("content"), str) else content)
+        and not message.get("tool_calls")
+        for message in completion
+    )
+
+
+def _type(value: Any) -> str:
+    return f"a list of {type(value[0]).__name__}" if isinstance(value, list) and value else f"{type(value).__name__}"

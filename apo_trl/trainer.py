@@ -1,0 +1,478 @@
+"""APO inside TRL: `APOConfig`, `APOTrainer`, and `register()` for plain `trl.DPOTrainer`.
+
+This is the one file that overrides the host. TRL has no hook for losses, so `_AnchoredTrainer` stands between
+`DPOTrainer._compute_loss` and what it calls: the reference log-probs are asked for first, through the host's own method,
+and handed over as if they had been precomputed; the model is handed over as a callable that keeps what the fused head
+returned. From the two come the log-ratios, and from these our losses and metrics. Forward, reference, `ld_alpha`,
+logging, evaluation and every loss that TRL implements stay TRL's; no host method is copied.
+
+Left out on purpose: a registry. TRL does not want one, and `LOSSES` is a dict.
+"""
+
+import copy
+import functools
+import inspect
+import re
+import textwrap
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import tqdm
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from trl import DPOConfig, DPOTrainer
+
+from .inputs import InputError, check_rows, nearest, row_fault, useless
+from .losses import LOSSES, PER_TOKEN
+from .metrics import largest_slope, pair_metrics
+
+__all__ = ["APOConfig", "APOTrainer", "HOST_LOSSES", "OUR_LOSSES", "check_config", "register", "unregister"]
+
+logger = get_logger(__name__)
+
+HOST_LOSSES: tuple[str, ...] = tuple(
+    re.findall(r"'(\w+)'", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
+)
+"""The losses of the installed TRL, read from the only place where it lists them outside of a method."""
+
+OUR_LOSSES = {name: loss for name, loss in LOSSES.items() if name not in HOST_LOSSES}
+"""The losses that this package adds. A name that TRL has too is TRL's."""
+
+_SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}
+_ANCHORED = {name for name in LOSSES if name.startswith("apo_")}
+_PAPER = {
+    "title": "Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
+    "id": "2408.06266",
+    "citation": textwrap.dedent("""\
+        @article{doosterlinck2025anchored,
+            title        = {{Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment}},
+            author       = {Karel D'Oosterlinck and Winnie Xu and Chris Develder and Thomas Demeester and Amanpreet Singh and Christopher Potts and Douwe Kiela and Shikib Mehri},
+            year         = 2025,
+            journal      = {Transactions of the Association for Computational Linguistics},
+            volume       = 13,
+            pages        = {442--460},
+            doi          = {10.1162/tacl_a_00748},
+            eprint       = {arXiv:2408.06266},
+        }"""),
+}
+
+
+@dataclass
+class APOConfig(DPOConfig):
+    """`trl.DPOConfig` with APO as the default loss and the options that only this package has.
+
+    Parameters:
+        loss_type (`list[str]`, *optional*, defaults to `["apo_zero"]`):
+            Any mixture of the names in `apo_trl.LOSSES` and those of TRL, weighted by `loss_weights`.
+        keep_degenerate_pairs (`bool`, *optional*, defaults to `False`):
+            Keep pairs that can teach nothing (chosen equals rejected, before or after truncation, or a completion is
+            empty) instead of leaving them out with a warning that counts them.
+
+    Raises `InputError` (a `ValueError`) where a loss does not exist or cannot work with the other settings.
+    """
+
+    loss_type: list[str] = field(
+        default_factory=lambda: ["apo_zero"],
+        metadata={
+            "help": "Loss, or several to be summed with the weights in `loss_weights`. "
+            f"Of apo-trl: {', '.join(repr(name) for name in OUR_LOSSES)}. "
+            f"Of TRL: {', '.join(repr(name) for name in HOST_LOSSES)}."
+        },
+    )
+    keep_degenerate_pairs: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep pairs that can teach nothing (chosen equals rejected, before or after truncation, or a "
+            "completion is empty) instead of leaving them out with a warning that counts them."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_config(self)
+        super().__post_init__()
+
+
+def check_config(config: DPOConfig) -> None:
+    """Raise InputError for a loss that does not exist, or that the other settings of `config` rule out."""
+    names = _names(config)
+    known = [*OUR_LOSSES, *HOST_LOSSES]
+    if not names:
+        raise InputError(f"loss_type is empty; name at least one of {', '.join(known)}.")
+    for name in names:
+        if name not in known:
+            raise InputError(f"loss_type '{name}' does not exist.{nearest(name, known)} Known are {', '.join(known)}.")
+    if config.loss_weights and len(config.loss_weights) != len(names):
+        raise InputError(
+            f"loss_weights has {len(config.loss_weights)} values for the {len(names)} losses in loss_type ({', '.join(names)}); "
+            "give one weight for each loss."
+        )
+    for name in names:
+        if name in OUR_LOSSES and config.f_divergence_type != "reverse_kl":
+            raise InputError(
+                f"f_divergence_type='{config.f_divergence_type}' has no meaning for loss_type '{name}', which is anchored to "
+                "log-ratios; set f_divergence_type='reverse_kl'."
+            )
+        if name in OUR_LOSSES and config.use_weighting:
+            raise InputError(
+                f"use_weighting=True is not defined for loss_type '{name}'; set use_weighting=False or choose among "
+                f"{', '.join(HOST_LOSSES)}."
+            )
+
+
+class _AnchoredTrainer(DPOTrainer):
+    """`DPOTrainer` with our losses, metrics and checks: what `APOTrainer` is, and what `register()` makes of the host."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs)
+        config = given.arguments.get("args")
+        names = [] if config is None else _names(config)
+        if config is not None:
+            check_config(config)
+            if _ANCHORED.intersection(names):
+                self._name, self._paper, self._tag_names = "APO", _PAPER, [*DPOTrainer._tag_names, "apo"]
+            if config.label_smoothing and not _SMOOTHED.intersection(names):
+                logger.warning(
+                    f"label_smoothing={config.label_smoothing} has no effect on loss_type {', '.join(names)}: only "
+                    f"{', '.join(sorted(_SMOOTHED))} read it. Remove it."
+                )
+        needs_wins = "apo_blend" in names
+        for key in ("train_dataset", "eval_dataset"):
+            for name, dataset in _named(given.arguments.get(key), key.removesuffix("_dataset")):
+                _check(dataset, name, needs_wins)
+
+        super().__init__(*given.args[1:], **given.kwargs)
+
+        self.loss_terms: list[tuple[str, float]] = list(zip(self.loss_types, self.loss_weights, strict=True))
+        host_terms = [(name, weight) for name, weight in self.loss_terms if name not in OUR_LOSSES]
+        self.loss_types = [name for name, _ in host_terms]
+        self.loss_weights = [weight for _, weight in host_terms]
+        self._largest_slopes: dict[str, float] = {}
+        if needs_wins:
+            self.data_collator = _CollatorWithWins(self.data_collator)
+
+    # Data: rows are checked as they arrive, pairs that teach nothing are left out, `chosen_wins` reaches the batch.
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
+        if isinstance(dataset, IterableDataset):
+            check = functools.partial(_check_row, name=dataset_name, needs_wins="apo_blend" in _names(args))
+            dataset = dataset.map(check, with_indices=True)
+        before = len(dataset) if isinstance(dataset, Dataset) else 0
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(args, APOConfig) and args.keep_degenerate_pairs:
+            return dataset
+        reason = functools.partial(
+            useless,
+            max_length=args.max_length,
+            keep_end=args.truncation_mode == "keep_end",
+            eos_token=self._tokenizer.eos_token or "",
+        )
+        if isinstance(dataset, IterableDataset):
+            return dataset.filter(_StreamFilter(reason, dataset_name))
+        too_long = f"the prompt alone fills max_length={args.max_length}"
+        return _without_useless(dataset, reason, dataset_name, Counter({too_long: before - len(dataset)}))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "apo_blend" in _names(self.args) and "chosen_wins" not in self._signature_columns:
+            self._signature_columns.append("chosen_wins")
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as the host does, after checking the rows of a dataset that is given only now."""
+        needs_wins = "apo_blend" in _names(self.args)
+        for name, dataset in _named(eval_dataset, "eval"):
+            _check(dataset, name, needs_wins)
+        metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        return metrics
+
+    # Loss: the host's terms by the host, ours from the log-ratios of the same forward.
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Compute the reference's summed log-probs of a batch, leaving out the column that is not the model's."""
+        inputs = {key: value for key, value in inputs.items() if key != "chosen_wins"}
+        logps: tuple[Tensor, Tensor] = super().compute_ref_log_probs(model, inputs)
+        return logps
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        inputs = dict(inputs)
+        wins = inputs.pop("chosen_wins", None)
+        if not self.precompute_ref_logps:
+            reference = self.model if self.ref_model is None else self.ref_model
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.compute_ref_log_probs(reference, inputs)
+        policy = _Recorder(model)
+        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            result = super()._compute_loss(policy, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = precomputed
+        loss, outputs = result if return_outputs else (result, None)
+
+        pairs = self._pairs(policy.outputs, inputs, wins)
+        values = {}
+        for name, weight in self.loss_terms:
+            if name in OUR_LOSSES:
+                values[name] = self._our_loss(name, pairs).mean()
+                loss = loss + weight * values[name]
+        if len(self.loss_terms) > 1:
+            with torch.no_grad():
+                values |= {name: self._host_loss(name, policy.outputs, inputs) for name in self.loss_types}
+            self._log_means({f"loss/{name}": value.detach() for name, value in values.items()})
+        self._log_pairs({name: value.detach() for name, value in pairs.items()})
+        return (loss, outputs) if return_outputs else loss
+
+    def _pairs(self, outputs: Any, inputs: dict[str, Any], wins: Tensor | None) -> dict[str, Tensor]:
+        """Give what losses and metrics look at, each of shape (pairs,): log-ratios, lengths and `chosen_wins`."""
+        scored = inputs["completion_mask"][:, 1:]
+        # Prompt-learning PEFT prepends virtual tokens to the outputs; the real ones are the last.
+        logps = outputs.log_probs[:, -scored.size(1) :]
+        chosen_lengths, rejected_lengths = scored.sum(dim=1).chunk(2)
+        if self.ld_alpha is not None:
+            shorter = torch.minimum(chosen_lengths, rejected_lengths).repeat(2).unsqueeze(1)
+            logps = logps * torch.where(scored.cumsum(dim=1) > shorter, self.ld_alpha, 1.0)
+        chosen_logps, rejected_logps = logps.sum(dim=1).chunk(2)
+        pairs = {
+            "chosen_logratios": chosen_logps - inputs["ref_chosen_logps"],
+            "rejected_logratios": rejected_logps - inputs["ref_rejected_logps"],
+            "chosen_lengths": chosen_lengths,
+            "rejected_lengths": rejected_lengths,
+        }
+        return pairs if wins is None else {**pairs, "chosen_wins": wins}
+
+    def _our_loss(self, name: str, pairs: dict[str, Tensor]) -> Tensor:
+        wanted = inspect.signature(OUR_LOSSES[name]).parameters
+        return OUR_LOSSES[name](**{key: value for key, value in pairs.items() if key in wanted}, beta=self.beta)
+
+    def _host_loss(self, name: str, outputs: Any, inputs: dict[str, Any], **settings: Any) -> Tensor:
+        """Have the host compute one of its losses over outputs that are there already; its metrics go nowhere.
+
+        The host has no function for a single loss, so a shallow copy of the trainer is set to that one and asked.
+        """
+        alone = copy.copy(self)
+        alone.loss_types, alone.loss_weights = [name], [1.0]
+        alone.precompute_ref_logps, alone.aux_loss_enabled = True, False
+        alone._metrics = {mode: defaultdict(list) for mode in self._metrics}
+        alone.accelerator = SimpleNamespace(device=self.accelerator.device, gather=_same, gather_for_metrics=_same)
+        vars(alone).update(settings)
+        loss: Tensor = super(_AnchoredTrainer, alone)._compute_loss(lambda **_: outputs, inputs, False)
+        return loss
+
+    # Metrics: gathered over processes as the host gathers its own.
+
+    def _log_pairs(self, pairs: dict[str, Tensor]) -> None:
+        metrics = pair_metrics(**{key: value for key, value in pairs.items() if key != "chosen_wins"})
+        metrics["saturated"] = self._saturated(pairs)
+        self._log_means({f"apo/{name}": value for name, value in metrics.items()})
+
+    def _log_means(self, values: dict[str, Tensor]) -> None:
+        rows = torch.stack([value.reshape(-1).float() for value in values.values()], dim=1)
+        mode = "train" if self.model.training else "eval"
+        for name, mean in zip(values, self.accelerator.gather(rows).mean(dim=0).tolist(), strict=True):
+            self._metrics[mode][name].append(mean)
+
+    def _saturated(self, pairs: dict[str, Tensor]) -> Tensor:
+        """Mark the pairs on which every preference loss of the mixture has lost 99 % of its largest slope.
+
+        `sft` does not count: it looks at the chosen answer alone and pulls equally hard everywhere.
+        """
+        names = [name for name, _ in self.loss_terms if name != "sft"]
+        saturated = torch.full_like(pairs["chosen_logratios"], bool(names), dtype=torch.bool)
+        for name in names:
+            if name not in self._largest_slopes:
+                slopes = functools.partial(self._slopes, name)
+                self._largest_slopes[name] = largest_slope(slopes, beta=self.beta)
+            ratios = [
+                pairs[f"{side}_logratios"] / (pairs[f"{side}_lengths"].clamp(min=1) if name in PER_TOKEN else 1)
+                for side in ("chosen", "rejected")
+            ]
+            saturated &= self._slopes(name, *ratios, pairs.get("chosen_wins")) < 0.01 * self._largest_slopes[name]
+        return saturated.float()
+
+    def _slopes(self, name: str, chosen: Tensor, rejected: Tensor, wins: Tensor | None = None) -> Tensor:
+        """Measure the gradient of a loss with respect to each pair's two log-ratios, as its length: all (pairs,).
+
+        The host is asked with completions of one token each, whose log-probs are the log-ratios.
+        """
+        device = self.accelerator.device
+        with torch.enable_grad():
+            ratios = torch.stack([chosen, rejected]).to(device, torch.float32).requires_grad_()
+            ones = torch.ones_like(ratios[0])
+            if name in OUR_LOSSES:
+                pairs = {"chosen_logratios": ratios[0], "rejected_logratios": ratios[1], "chosen_wins": wins}
+                pairs |= {"chosen_lengths": ones, "rejected_lengths": ones}
+                loss = self._our_loss(name, pairs | ({"chosen_wins": ones} if wins is None else {})).sum()
+            else:
+                zeros = torch.zeros_like(ratios).reshape(-1, 1)
+                outputs = SimpleNamespace(
+                    log_probs=ratios.reshape(-1, 1), entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+                )
+                prompt_and_token = torch.tensor([0, 1], device=device).repeat(len(zeros), 1)
+                inputs = dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), prompt_and_token)
+                inputs |= dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), torch.zeros_like(ones))
+                loss = self._host_loss(name, outputs, inputs, ld_alpha=None, use_weighting=False) * len(ones)
+            return torch.autograd.grad(loss, ratios)[0].norm(dim=0)
+
+
+class APOTrainer(_AnchoredTrainer):
+    """`trl.DPOTrainer` for Anchored Preference Optimization.
+
+    Takes what `DPOTrainer` takes, and the same datasets: rows with `chosen` and `rejected`, mostly with `prompt`, and with
+    `chosen_wins` for the loss `apo_blend`. Without `args` it trains with the defaults of `APOConfig`. On top of the host's
+    metrics it logs those of `apo_trl.metrics`. Bad settings and bad rows raise `InputError` before the model is loaded.
+
+    ```python
+    trainer = APOTrainer(model="Qwen/Qwen3-0.6B", args=APOConfig("out"), train_dataset=pairs)
+    trainer.train()
+    ```
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs).arguments
+        if given.get("args") is None:
+            model = given["model"]
+            path = model if isinstance(model, str) else model.config._name_or_path
+            given["args"] = APOConfig(f"{path.rstrip('/').split('/')[-1]}-APO")
+        given.pop("self")
+        super().__init__(**given)
+
+
+def register() -> None:
+    """Give plain `trl.DPOTrainer` and `trl.DPOConfig` the losses, metrics and checks of this package.
+
+    Existing scripts then take our names in `loss_type`, whichever came first, this call or `from trl import DPOTrainer`,
+    and subclasses of `DPOTrainer` are served too. Calling it again changes nothing; `unregister()` undoes it.
+    """
+    if _HOST:
+        return
+    host_init, host_post_init = DPOTrainer.__init__, DPOConfig.__post_init__
+
+    @functools.wraps(host_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self, _AnchoredTrainer):
+            host_init(self, *args, **kwargs)
+        else:
+            self.__class__ = _anchored(type(self))
+            _AnchoredTrainer.__init__(self, *args, **kwargs)
+
+    @functools.wraps(host_post_init)
+    def post_init(self: Any) -> None:
+        check_config(self)
+        host_post_init(self)
+
+    _HOST.update(init=host_init, post_init=host_post_init)
+    DPOTrainer.__init__, DPOConfig.__post_init__ = init, post_init
+
+
+def unregister() -> None:
+    """Undo `register()`; trainers made in between keep their losses."""
+    if _HOST:
+        DPOTrainer.__init__, DPOConfig.__post_init__ = _HOST.pop("init"), _HOST.pop("post_init")
+
+
+_HOST: dict[str, Any] = {}
+
+
+@functools.cache
+def _anchored(cls: type) -> type:
+    """Make the class that `cls` becomes while registered: its own methods first, then ours, then the host's."""
+    bases = (_AnchoredTrainer,) if cls is DPOTrainer else (cls, _AnchoredTrainer)
+    return type(cls.__name__, bases, {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+@dataclass
+class _CollatorWithWins:
+    """A collator that carries the column `chosen_wins` around another one."""
+
+    collator: Callable[[list[dict[str, Any]]], Any]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        wins = torch.tensor([example["chosen_wins"] for example in examples], dtype=torch.float32)
+        batch = self.collator(examples)
+        batch["chosen_wins"] = wins
+        return batch
+
+
+class _Recorder:
+    """The model, keeping what its fused head last returned."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, **kwargs: Any) -> Any:
+        outputs = self.model(**kwargs)
+        if kwargs.get("fused_lm_head"):
+            self.outputs = outputs
+        return outputs
+
+
+@dataclass
+class _StreamFilter:
+    """Keep the rows of a stream that can teach something; say so once when one cannot."""
+
+    reason: Callable[[dict[str, Any]], str | None]
+    name: str
+    warned: bool = False
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        reason = self.reason(row)
+        if reason and not self.warned:
+            self.warned = True
+            logger.warning(
+                f"The {self.name} stream has pairs that can teach nothing (first: {reason}); they are left out as they "
+                "arrive. Set keep_degenerate_pairs=True in APOConfig to keep them."
+            )
+        return reason is None
+
+
+def _without_useless(
+    dataset: Dataset, reason: Callable[[dict[str, Any]], str | None], name: str, dropped: Counter[str]
+) -> Dataset:
+    """Leave out the pairs for which there is a reason, and say in one warning how many were dropped and why."""
+    before = len(dataset) + dropped.total()
+    columns = {"prompt_ids", "chosen_ids", "rejected_ids", "chosen", "rejected"}.intersection(dataset.column_names)
+    rows = dataset.select_columns(list(columns))
+    reasons = [reason(row) for row in tqdm(rows, desc=f"Looking for useless pairs in {name} dataset", delay=2)]
+    dropped.update(filter(None, reasons))
+    if not dropped.total():
+        return dataset
+    counts = ", ".join(f"{count} where {why}" for why, count in dropped.most_common() if count)
+    if dropped.total() == before:
+        raise InputError(f"No pair of the {name} dataset can teach anything: {counts}. Look at the data, or raise max_length.")
+    logger.warning(
+        f"Left out {dropped.total()} of {before} pairs of the {name} dataset: {counts}. Set keep_degenerate_pairs=True in "
+        "APOConfig to keep those that fit into max_length."
+    )
+    return dataset.select([index for index, why in enumerate(reasons) if why is None])
+
+
+def _named(datasets: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Give every dataset that was passed as one argument, with what messages call it."""
+    if isinstance(datasets, dict):
+        for key, dataset in datasets.items():
+            yield f"{name} '{key}'", dataset
+    elif isinstance(datasets, (Dataset, IterableDataset)):
+        yield name, datasets
+
+
+def _check(dataset: Any, name: str, needs_wins: bool) -> None:
+    if isinstance(dataset, Dataset):
+        check_rows(dataset, name, needs_wins=needs_wins)
+    elif isinstance(dataset, IterableDataset):
+        _check_row(next(iter(dataset)), 0, name=name, needs_wins=needs_wins)
+
+
+def _check_row(row: dict[str, Any], number: int, *, name: str, needs_wins: bool) -> dict[str, Any]:
+    if fault := row_fault(row, needs_wins=needs_wins):
+        raise InputError(f"Row {number} of the {name} stream {fault}.")
+    return row
+
+
+def _names(config: DPOConfig) -> list[str]:
+    return [config.loss_type] if isinstance(config.loss_type, str) else list(config.loss_type)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
