@@ -58,7 +58,9 @@ def apo_zero_norm(
     (arXiv:2511.23404) use 5.
     """
     return apo_zero(
-        _per_token(chosen_logratios, chosen_lengths), _per_token(rejected_logratios, rejected_lengths), beta=beta
+        _per_token(chosen_logratios, chosen_lengths),
+        _per_token(rejected_logratios, rejected_lengths),
+        beta=beta,
     )
 
 
@@ -76,7 +78,9 @@ def apo_down_norm(
     the same scale.
     """
     return apo_down(
-        _per_token(chosen_logratios, chosen_lengths), _per_token(rejected_logratios, rejected_lengths), beta=beta
+        _per_token(chosen_logratios, chosen_lengths),
+        _per_token(rejected_logratios, rejected_lengths),
+        beta=beta,
     )
 
 
@@ -120,4 +124,6 @@ def _per_token(logratios: Tensor, lengths: Tensor) -> Tensor:
 
 def _same_shape(one: Tensor, other: Tensor) -> None:
     if one.shape != other.shape:
-        raise ValueError(f"One value per pair is needed on both sides, got shapes {tuple(one.shape)} and {tuple(other.shape)}.")
+        raise ValueError(
+            f"One value per pair is needed on both sides, got shapes {tuple(one.shape)} and {tuple(other.shape)}."
+        )

@@ -42,11 +42,11 @@ def pair_metrics(
 
 
 def largest_slope(slopes: Callable[[Tensor, Tensor], Tensor], *, beta: float) -> float:
-    """Find the steepest pull that a loss can have on a pair, or NaN, which nothing is below, where there is none.
+    """Find the steepest pull that a loss can have on a pair; NaN, which nothing is below, where there is none.
 
-    `slopes` gives the length of the gradient of each pair's loss with respect to its two log-ratios, (pairs,) and (pairs,)
-    to (pairs,). It is looked at over all rewards from -20 to 20; a loss whose slope is larger still beyond that, as
-    that of `ipo` is, has no largest one and never saturates.
+    `slopes` gives the length of the gradient of each pair's loss with respect to its two log-ratios, (pairs,) and
+    (pairs,) to (pairs,). It is looked at over all rewards from -20 to 20; a loss whose slope is larger still beyond
+    that, as that of `ipo` is, has no largest one and never saturates.
     """
 
     def steepest(reach: float) -> float:

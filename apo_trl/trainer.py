@@ -1,9 +1,9 @@
 """APO inside TRL: `APOConfig`, `APOTrainer`, and `register()` for plain `trl.DPOTrainer`.
 
 This is the one file that overrides the host. TRL has no hook for losses, so `_AnchoredTrainer` stands between
-`DPOTrainer._compute_loss` and what it calls: the reference log-probs are asked for first, through the host's own method,
-and handed over as if they had been precomputed; the model is handed over as a callable that keeps what the fused head
-returned. From the two come the log-ratios, and from these our losses and metrics. Forward, reference, `ld_alpha`,
+`DPOTrainer._compute_loss` and what it calls: the reference log-probs are asked for first, through the host's own
+method, and handed over as if they had been precomputed; the model is handed over as a callable that keeps what the
+fused head returned. From the two come the log-ratios, and from these our losses and metrics. Forward, reference,
 logging, evaluation and every loss that TRL implements stay TRL's; no host method is copied.
 
 Left out on purpose: a registry. TRL does not want one, and `LOSSES` is a dict.
@@ -15,23 +15,22 @@ import inspect
 import re
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import tqdm
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from .inputs import InputError, check_rows, nearest, row_fault, useless
+from .dataset import CollatorWithWins, StreamFilter, check_dataset, check_stream_row, named, without_useless
+from .inputs import InputError, nearest, useless
 from .losses import LOSSES, PER_TOKEN
 from .metrics import largest_slope, pair_metrics
 
-__all__ = ["APOConfig", "APOTrainer", "HOST_LOSSES", "OUR_LOSSES", "check_config", "register", "unregister"]
+__all__ = ["HOST_LOSSES", "OUR_LOSSES", "APOConfig", "APOTrainer", "check_config", "register", "unregister"]
 
 logger = get_logger(__name__)
 
@@ -50,8 +49,10 @@ _PAPER = {
     "id": "2408.06266",
     "citation": textwrap.dedent("""\
         @article{doosterlinck2025anchored,
-            title        = {{Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment}},
-            author       = {Karel D'Oosterlinck and Winnie Xu and Chris Develder and Thomas Demeester and Amanpreet Singh and Christopher Potts and Douwe Kiela and Shikib Mehri},
+            title        = {{Anchored Preference Optimization and Contrastive Revisions:
+                             Addressing Underspecification in Alignment}},
+            author       = {Karel D'Oosterlinck and Winnie Xu and Chris Develder and Thomas Demeester and
+                            Amanpreet Singh and Christopher Potts and Douwe Kiela and Shikib Mehri},
             year         = 2025,
             journal      = {Transactions of the Association for Computational Linguistics},
             volume       = 13,
@@ -66,7 +67,8 @@ _PAPER = {
 class APOConfig(DPOConfig):
     """`trl.DPOConfig` with APO as the default loss and the options that only this package has.
 
-    Parameters:
+    Parameters
+    ----------
         loss_type (`list[str]`, *optional*, defaults to `["apo_zero"]`):
             Any mixture of the names in `apo_trl.LOSSES` and those of TRL, weighted by `loss_weights`.
         keep_degenerate_pairs (`bool`, *optional*, defaults to `False`):
@@ -108,14 +110,14 @@ def check_config(config: DPOConfig) -> None:
             raise InputError(f"loss_type '{name}' does not exist.{nearest(name, known)} Known are {', '.join(known)}.")
     if config.loss_weights and len(config.loss_weights) != len(names):
         raise InputError(
-            f"loss_weights has {len(config.loss_weights)} values for the {len(names)} losses in loss_type ({', '.join(names)}); "
-            "give one weight for each loss."
+            f"loss_weights has {len(config.loss_weights)} values for the {len(names)} losses in loss_type "
+            f"({', '.join(names)}); give one weight for each loss."
         )
     for name in names:
         if name in OUR_LOSSES and config.f_divergence_type != "reverse_kl":
             raise InputError(
-                f"f_divergence_type='{config.f_divergence_type}' has no meaning for loss_type '{name}', which is anchored to "
-                "log-ratios; set f_divergence_type='reverse_kl'."
+                f"f_divergence_type='{config.f_divergence_type}' has no meaning for loss_type '{name}', which is "
+                "anchored to log-ratios; set f_divergence_type='reverse_kl'."
             )
         if name in OUR_LOSSES and config.use_weighting:
             raise InputError(
@@ -125,7 +127,13 @@ def check_config(config: DPOConfig) -> None:
 
 
 class _AnchoredTrainer(DPOTrainer):
-    """`DPOTrainer` with our losses, metrics and checks: what `APOTrainer` is, and what `register()` makes of the host."""
+    """`DPOTrainer` with our losses, metrics and checks: `APOTrainer`, and what `register()` makes of the host."""
+
+    # Attributes of the host that are set here.
+    data_collator: Any
+    loss_types: list[str]
+    loss_weights: list[float]
+    precompute_ref_logps: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs)
@@ -142,8 +150,8 @@ class _AnchoredTrainer(DPOTrainer):
                 )
         needs_wins = "apo_blend" in names
         for key in ("train_dataset", "eval_dataset"):
-            for name, dataset in _named(given.arguments.get(key), key.removesuffix("_dataset")):
-                _check(dataset, name, needs_wins)
+            for name, dataset in named(given.arguments.get(key), key.removesuffix("_dataset")):
+                check_dataset(dataset, name, needs_wins)
 
         super().__init__(*given.args[1:], **given.kwargs)
 
@@ -153,13 +161,13 @@ class _AnchoredTrainer(DPOTrainer):
         self.loss_weights = [weight for _, weight in host_terms]
         self._largest_slopes: dict[str, float] = {}
         if needs_wins:
-            self.data_collator = _CollatorWithWins(self.data_collator)
+            self.data_collator = CollatorWithWins(self.data_collator)
 
     # Data: rows are checked as they arrive, pairs that teach nothing are left out, `chosen_wins` reaches the batch.
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
         if isinstance(dataset, IterableDataset):
-            check = functools.partial(_check_row, name=dataset_name, needs_wins="apo_blend" in _names(args))
+            check = functools.partial(check_stream_row, name=dataset_name, needs_wins="apo_blend" in _names(args))
             dataset = dataset.map(check, with_indices=True)
         before = len(dataset) if isinstance(dataset, Dataset) else 0
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -172,9 +180,9 @@ class _AnchoredTrainer(DPOTrainer):
             eos_token=self._tokenizer.eos_token or "",
         )
         if isinstance(dataset, IterableDataset):
-            return dataset.filter(_StreamFilter(reason, dataset_name))
+            return dataset.filter(StreamFilter(reason, dataset_name))
         too_long = f"the prompt alone fills max_length={args.max_length}"
-        return _without_useless(dataset, reason, dataset_name, Counter({too_long: before - len(dataset)}))
+        return without_useless(dataset, reason, dataset_name, Counter({too_long: before - len(dataset)}))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -184,8 +192,8 @@ class _AnchoredTrainer(DPOTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as the host does, after checking the rows of a dataset that is given only now."""
         needs_wins = "apo_blend" in _names(self.args)
-        for name, dataset in _named(eval_dataset, "eval"):
-            _check(dataset, name, needs_wins)
+        for name, dataset in named(eval_dataset, "eval"):
+            check_dataset(dataset, name, needs_wins)
         metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
 
@@ -256,7 +264,7 @@ class _AnchoredTrainer(DPOTrainer):
         alone.precompute_ref_logps, alone.aux_loss_enabled = True, False
         alone._metrics = {mode: defaultdict(list) for mode in self._metrics}
         alone.accelerator = SimpleNamespace(device=self.accelerator.device, gather=_same, gather_for_metrics=_same)
-        vars(alone).update(settings)
+        alone.__dict__.update(settings)
         loss: Tensor = super(_AnchoredTrainer, alone)._compute_loss(lambda **_: outputs, inputs, False)
         return loss
 
@@ -288,7 +296,8 @@ class _AnchoredTrainer(DPOTrainer):
                 pairs[f"{side}_logratios"] / (pairs[f"{side}_lengths"].clamp(min=1) if name in PER_TOKEN else 1)
                 for side in ("chosen", "rejected")
             ]
-            saturated &= self._slopes(name, *ratios, pairs.get("chosen_wins")) < 0.01 * self._largest_slopes[name]
+            slope = self._slopes(name, ratios[0], ratios[1], pairs.get("chosen_wins"))
+            saturated &= slope < 0.01 * self._largest_slopes[name]
         return saturated.float()
 
     def _slopes(self, name: str, chosen: Tensor, rejected: Tensor, wins: Tensor | None = None) -> Tensor:
@@ -301,9 +310,13 @@ class _AnchoredTrainer(DPOTrainer):
             ratios = torch.stack([chosen, rejected]).to(device, torch.float32).requires_grad_()
             ones = torch.ones_like(ratios[0])
             if name in OUR_LOSSES:
-                pairs = {"chosen_logratios": ratios[0], "rejected_logratios": ratios[1], "chosen_wins": wins}
-                pairs |= {"chosen_lengths": ones, "rejected_lengths": ones}
-                loss = self._our_loss(name, pairs | ({"chosen_wins": ones} if wins is None else {})).sum()
+                pairs = {"chosen_logratios": ratios[0], "rejected_logratios": ratios[1]}
+                pairs |= {
+                    "chosen_lengths": ones,
+                    "rejected_lengths": ones,
+                    "chosen_wins": ones if wins is None else wins,
+                }
+                loss = self._our_loss(name, pairs).sum()
             else:
                 zeros = torch.zeros_like(ratios).reshape(-1, 1)
                 outputs = SimpleNamespace(
@@ -313,15 +326,17 @@ class _AnchoredTrainer(DPOTrainer):
                 inputs = dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), prompt_and_token)
                 inputs |= dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), torch.zeros_like(ones))
                 loss = self._host_loss(name, outputs, inputs, ld_alpha=None, use_weighting=False) * len(ones)
-            return torch.autograd.grad(loss, ratios)[0].norm(dim=0)
+            slopes: Tensor = torch.autograd.grad(loss, ratios)[0].norm(dim=0)
+            return slopes
 
 
 class APOTrainer(_AnchoredTrainer):
     """`trl.DPOTrainer` for Anchored Preference Optimization.
 
-    Takes what `DPOTrainer` takes, and the same datasets: rows with `chosen` and `rejected`, mostly with `prompt`, and with
-    `chosen_wins` for the loss `apo_blend`. Without `args` it trains with the defaults of `APOConfig`. On top of the host's
-    metrics it logs those of `apo_trl.metrics`. Bad settings and bad rows raise `InputError` before the model is loaded.
+    Takes what `DPOTrainer` takes, and the same datasets: rows with `chosen` and `rejected`, mostly with `prompt`, and
+    with `chosen_wins` for the loss `apo_blend`. Without `args` it trains with the defaults of `APOConfig`. On top of
+    the host's metrics it logs those of `apo_trl.metrics`. Bad settings and bad rows raise `InputError` before the model
+    is loaded.
 
     ```python
     trainer = APOTrainer(model="Qwen/Qwen3-0.6B", args=APOConfig("out"), train_dataset=pairs)
@@ -342,8 +357,9 @@ class APOTrainer(_AnchoredTrainer):
 def register() -> None:
     """Give plain `trl.DPOTrainer` and `trl.DPOConfig` the losses, metrics and checks of this package.
 
-    Existing scripts then take our names in `loss_type`, whichever came first, this call or `from trl import DPOTrainer`,
-    and subclasses of `DPOTrainer` are served too. Calling it again changes nothing; `unregister()` undoes it.
+    Existing scripts then take our names in `loss_type`, whichever came first, this call or `from trl import
+    DPOTrainer`, and subclasses of `DPOTrainer` are served too. Calling it again changes nothing; `unregister()` undoes
+    it.
     """
     if _HOST:
         return
@@ -354,7 +370,7 @@ def register() -> None:
         if isinstance(self, _AnchoredTrainer):
             host_init(self, *args, **kwargs)
         else:
-            self.__class__ = _anchored(type(self))
+            self.__class__ = _anchored(self.__class__)
             _AnchoredTrainer.__init__(self, *args, **kwargs)
 
     @functools.wraps(host_post_init)
@@ -376,23 +392,10 @@ _HOST: dict[str, Any] = {}
 
 
 @functools.cache
-def _anchored(cls: type) -> type:
+def _anchored(cls: type) -> Any:
     """Make the class that `cls` becomes while registered: its own methods first, then ours, then the host's."""
     bases = (_AnchoredTrainer,) if cls is DPOTrainer else (cls, _AnchoredTrainer)
     return type(cls.__name__, bases, {"__module__": cls.__module__, "__doc__": cls.__doc__})
-
-
-@dataclass
-class _CollatorWithWins:
-    """A collator that carries the column `chosen_wins` around another one."""
-
-    collator: Callable[[list[dict[str, Any]]], Any]
-
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        wins = torch.tensor([example["chosen_wins"] for example in examples], dtype=torch.float32)
-        batch = self.collator(examples)
-        batch["chosen_wins"] = wins
-        return batch
 
 
 class _Recorder:
@@ -406,68 +409,6 @@ class _Recorder:
         if kwargs.get("fused_lm_head"):
             self.outputs = outputs
         return outputs
-
-
-@dataclass
-class _StreamFilter:
-    """Keep the rows of a stream that can teach something; say so once when one cannot."""
-
-    reason: Callable[[dict[str, Any]], str | None]
-    name: str
-    warned: bool = False
-
-    def __call__(self, row: dict[str, Any]) -> bool:
-        reason = self.reason(row)
-        if reason and not self.warned:
-            self.warned = True
-            logger.warning(
-                f"The {self.name} stream has pairs that can teach nothing (first: {reason}); they are left out as they "
-                "arrive. Set keep_degenerate_pairs=True in APOConfig to keep them."
-            )
-        return reason is None
-
-
-def _without_useless(
-    dataset: Dataset, reason: Callable[[dict[str, Any]], str | None], name: str, dropped: Counter[str]
-) -> Dataset:
-    """Leave out the pairs for which there is a reason, and say in one warning how many were dropped and why."""
-    before = len(dataset) + dropped.total()
-    columns = {"prompt_ids", "chosen_ids", "rejected_ids", "chosen", "rejected"}.intersection(dataset.column_names)
-    rows = dataset.select_columns(list(columns))
-    reasons = [reason(row) for row in tqdm(rows, desc=f"Looking for useless pairs in {name} dataset", delay=2)]
-    dropped.update(filter(None, reasons))
-    if not dropped.total():
-        return dataset
-    counts = ", ".join(f"{count} where {why}" for why, count in dropped.most_common() if count)
-    if dropped.total() == before:
-        raise InputError(f"No pair of the {name} dataset can teach anything: {counts}. Look at the data, or raise max_length.")
-    logger.warning(
-        f"Left out {dropped.total()} of {before} pairs of the {name} dataset: {counts}. Set keep_degenerate_pairs=True in "
-        "APOConfig to keep those that fit into max_length."
-    )
-    return dataset.select([index for index, why in enumerate(reasons) if why is None])
-
-
-def _named(datasets: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Give every dataset that was passed as one argument, with what messages call it."""
-    if isinstance(datasets, dict):
-        for key, dataset in datasets.items():
-            yield f"{name} '{key}'", dataset
-    elif isinstance(datasets, (Dataset, IterableDataset)):
-        yield name, datasets
-
-
-def _check(dataset: Any, name: str, needs_wins: bool) -> None:
-    if isinstance(dataset, Dataset):
-        check_rows(dataset, name, needs_wins=needs_wins)
-    elif isinstance(dataset, IterableDataset):
-        _check_row(next(iter(dataset)), 0, name=name, needs_wins=needs_wins)
-
-
-def _check_row(row: dict[str, Any], number: int, *, name: str, needs_wins: bool) -> dict[str, Any]:
-    if fault := row_fault(row, needs_wins=needs_wins):
-        raise InputError(f"Row {number} of the {name} stream {fault}.")
-    return row
 
 
 def _names(config: DPOConfig) -> list[str]:

@@ -1,0 +1,28 @@
+"""Run a TRL script as it is, with the losses registered: `accelerate launch -m apo_trl.run SCRIPT [args]`."""
+
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the script that the first argument names, as `python SCRIPT [args]` would, after `register()`."""
+    script, *rest = sys.argv[1:] if arguments is None else arguments or [""]
+    if not Path(script).is_file():
+        sys.exit(f"error: there is no script '{script}'; give the path of a Python file.")
+
+    from .train import one_message
+    from .trainer import register
+
+    register()
+    sys.argv = [script, *rest]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    with one_message():
+        runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

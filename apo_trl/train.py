@@ -1,0 +1,220 @@
+"""The training script: `accelerate launch [...] -m apo_trl.train --config FILE.yaml [--key value ...]`.
+
+Everything that `trl dpo` takes, it takes: the dataclasses and the parser are TRL's, with `APOConfig` in the place of
+`DPOConfig`. On top, `dataset_name` may be a local `.jsonl`, `.json` or `.parquet` file, compressed or not, and bad
+input ends in one sentence before anything is written.
+"""
+
+import contextlib
+import gzip
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import yaml
+
+from .inputs import InputError, nearest
+
+__all__ = ["Run", "launch", "main", "make_trainer", "one_message", "parse", "train"]
+
+_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+class Run(NamedTuple):
+    """What one command line and one YAML file say, as TRL's dataclasses."""
+
+    script: Any
+    training: Any
+    model: Any
+    mixture: Any
+
+
+def parse(arguments: Sequence[str]) -> tuple[Run, list[str]]:
+    """Read a command line and its `--config` file.
+
+    Gives the run and what is left over: the arguments of `accelerate launch`, from both places. Raises InputError for a
+    file that cannot be read, a key that nobody knows (with the nearest known one) and a value of the wrong type.
+    """
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    from .trainer import APOConfig
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            raise InputError(f"{message[0].upper()}{message[1:]}.")
+
+    dataclasses = (ScriptArguments, APOConfig, ModelConfig, DatasetMixtureConfig)
+    parser = Parser(dataclasses, prog="python -m apo_trl.train", allow_abbrev=False)
+    arguments = [part for argument in arguments for part in _config_in_two(argument)]
+    known = {option for action in parser._actions for option in action.option_strings} | {"--config"}
+    launcher = _launcher_options()
+    _check_yaml(arguments, {option.removeprefix("--") for option in known | launcher})
+    *parsed, leftover = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    for option in leftover:
+        if option.startswith("--") and (name := option.split("=")[0]) not in launcher:
+            raise InputError(f"The option {name} does not exist.{nearest(name, known | launcher)}")
+    return Run(*parsed), leftover
+
+
+def make_trainer(run: Run, trainer_class: Any = None) -> Any:
+    """Load the data of a run, build its trainer (`APOTrainer` unless another is given), and load its model."""
+    from trl import get_peft_config, get_quantization_config
+
+    from .trainer import APOTrainer
+
+    if not run.model.model_name_or_path:
+        raise InputError("model_name_or_path is missing; give a model folder or a hub name.")
+    run.training.model_init_kwargs = {
+        "revision": run.model.model_revision,
+        "trust_remote_code": run.training.trust_remote_code,
+        "attn_implementation": run.model.attn_implementation,
+        "dtype": run.model.dtype,
+    } | (run.training.model_init_kwargs or {})
+    dataset = _load(run)
+    evaluates = run.training.eval_strategy != "no"
+    return (trainer_class or APOTrainer)(
+        model=run.model.model_name_or_path,
+        args=run.training,
+        train_dataset=_split(dataset, "dataset_train_split", run.script.dataset_train_split),
+        eval_dataset=_split(dataset, "dataset_test_split", run.script.dataset_test_split) if evaluates else None,
+        quantization_config=get_quantization_config(run.model),
+        peft_config=get_peft_config(run.model),
+    )
+
+
+def train(run: Run) -> None:
+    """Train, save the model, and push it where the run says so."""
+    trainer = make_trainer(run)
+    resume = {"true": True, "false": None}.get(str(run.training.resume_from_checkpoint).lower())
+    trainer.train(resume_from_checkpoint=run.training.resume_from_checkpoint if resume is None else resume)
+    trainer.save_model(run.training.output_dir)
+    trainer.accelerator.print(f"Saved to {run.training.output_dir}.")
+    if run.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=run.script.dataset_name)
+    trainer.end()
+
+
+@contextlib.contextmanager
+def one_message() -> Iterator[None]:
+    """Turn an InputError into one line on the first process of a machine, and exit status 2 on all."""
+    try:
+        yield
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the script."""
+    with one_message():
+        run, _ = parse(sys.argv[1:] if arguments is None else arguments)
+        train(run)
+
+
+def launch(arguments: Sequence[str]) -> None:
+    """Start this script under `accelerate launch`, after reading its arguments where an error is still one line.
+
+    The script gets all of them, and passes over those of the launcher.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    with one_message():
+        _, launcher = parse(arguments)
+        try:
+            launcher = resolve_accelerate_config_argument(launcher)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    # --quiet: the script has said what went wrong; accelerate would add a traceback of its own.
+    launch_command(launch_command_parser().parse_args(["--quiet", *launcher, "--module", "apo_trl.train", *arguments]))
+
+
+def _config_in_two(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def _launcher_options() -> set[str]:
+    from accelerate.commands.launch import launch_command_parser
+
+    options = {option for action in launch_command_parser()._actions for option in action.option_strings}
+    return {option for option in options if option.startswith("--")} | {"--accelerate_config"}
+
+
+def _check_yaml(arguments: Sequence[str], known: set[str]) -> None:
+    if "--config" not in arguments:
+        return
+    after = list(arguments)[list(arguments).index("--config") + 1 :]
+    if not after:
+        raise InputError("--config needs the path of a YAML file after it.")
+    path = Path(after[0])
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"The config file {path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"The config file {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(config, dict):
+        raise InputError(f"The config file {path} must hold `key: value` lines.")
+    for key in config:
+        if key not in known | {"env"}:
+            raise InputError(f"The key '{key}' in {path} does not exist.{nearest(str(key), known)}")
+
+
+def _load(run: Run) -> Any:
+    """Load what `datasets` or `dataset_name` name, as a dictionary of splits."""
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    name = run.script.dataset_name
+    if not run.mixture.datasets and not name:
+        raise InputError("dataset_name is missing; give a hub name, a folder, or a .jsonl, .json or .parquet file.")
+    path = Path(name or "")
+    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst", ".bz2", ".xz")]
+    builder = _FILES.get(suffixes[-1]) if suffixes else None
+    if builder and not run.mixture.datasets and not path.is_file():
+        raise InputError(f"dataset_name: there is no file {path}.")
+    try:
+        if run.mixture.datasets:
+            return get_dataset(run.mixture)
+        if builder:
+            return load_dataset(builder, data_files=str(path), streaming=run.script.dataset_streaming)
+        return load_dataset(name, name=run.script.dataset_config, streaming=run.script.dataset_streaming)
+    except Exception as error:  # whatever a loader of `datasets` raises, said in one sentence
+        fault = _first_bad_line(path) if builder == "json" else None
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        reason = fault or f"{type(root).__name__}: {root}".rstrip(": ")
+        raise InputError(f"The dataset '{name or 'datasets'}' cannot be loaded: {reason}.") from error
+
+
+def _first_bad_line(path: Path) -> str | None:
+    if not {".jsonl"}.intersection(path.suffixes):
+        return None
+    number = 0
+    try:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f"line {number} is not a JSON object"
+    except json.JSONDecodeError as error:
+        return f"line {number} is not JSON ({error})"
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        return f"the file breaks off or is damaged after line {number} ({error})"
+    return "the file has no rows" if number == 0 else None
+
+
+def _split(dataset: Any, field: str, split: str) -> Any:
+    if split not in dataset:
+        remedy = f"{nearest(split, dataset)} Set {field} to one of {list(dataset)}"
+        no_eval = ", or eval_strategy to 'no'" if field == "dataset_test_split" else ""
+        raise InputError(f"The dataset has no split '{split}'.{remedy}{no_eval}.")
+    return dataset[split]
+
+
+if __name__ == "__main__":
+    main()
