@@ -6,8 +6,10 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import tqdm
@@ -15,18 +17,45 @@ from datasets import Dataset, IterableDataset
 
 from .inputs import InputError, check_rows, row_fault
 
-__all__ = ["CollatorWithWins", "StreamFilter", "check_dataset", "check_stream_row", "named", "without_useless"]
+__all__ = [
+    "CollatorWithWins",
+    "StreamFilter",
+    "builder_of",
+    "check_dataset",
+    "check_stream_row",
+    "load_dataset",
+    "named",
+    "without_useless",
+]
 
 logger = get_logger(__name__)
 
+_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_PACKED = {".gz", ".bz2", ".xz", ".zst"}
+_load_dataset = datasets.load_dataset  # `apo_trl.run` puts ours in its place
 
-def named(datasets: Any, name: str) -> Iterator[tuple[str, Any]]:
+
+def builder_of(path: str) -> str | None:
+    """Name the builder of `datasets` for what looks like a local data file, or None for a folder or a hub name."""
+    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in _PACKED]
+    return _BUILDERS.get(suffixes[-1]) if suffixes else None
+
+
+def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
+    """Load as `datasets.load_dataset`; `path` may also be a `.jsonl`, `.json` or `.parquet` file, also compressed."""
+    if (builder := builder_of(path)) and Path(path).is_file():
+        kwargs.pop("name", None)
+        return _load_dataset(builder, data_files=path, **kwargs)
+    return _load_dataset(path, *args, **kwargs)
+
+
+def named(given: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Give every dataset that was passed as one argument, with what messages call it."""
-    if isinstance(datasets, dict):
-        for key, dataset in datasets.items():
+    if isinstance(given, dict):
+        for key, dataset in given.items():
             yield f"{name} '{key}'", dataset
-    elif isinstance(datasets, (Dataset, IterableDataset)):
-        yield name, datasets
+    elif isinstance(given, (Dataset, IterableDataset)):
+        yield name, given
 
 
 def check_dataset(dataset: Any, name: str, needs_wins: bool) -> None:

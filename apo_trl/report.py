@@ -52,16 +52,9 @@ def draw_report(
         (0.02, 0.98, "left"): "reversed",
     }
     for (x, y, side), text in corners.items():
-        right.text(
-            x,
-            y,
-            text,
-            transform=right.transAxes,
-            ha=side,
-            va="top" if y > 0.5 else "bottom",
-            color=_GREY,
-            fontsize=9,
-        )
+        place = {"transform": right.transAxes, "ha": side, "va": "top" if y > 0.5 else "bottom"}
+        background = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        right.text(x, y, text, **place, color=_GREY, fontsize=9, bbox=background)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,6 @@ from .inputs import InputError, nearest
 
 __all__ = ["Run", "launch", "main", "make_trainer", "one_message", "parse", "train"]
 
-_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
 
 class Run(NamedTuple):
     """What one command line and one YAML file say, as TRL's dataclasses."""
@@ -166,25 +164,21 @@ def _check_yaml(arguments: Sequence[str], known: set[str]) -> None:
 
 def _load(run: Run) -> Any:
     """Load what `datasets` or `dataset_name` name, as a dictionary of splits."""
-    from datasets import load_dataset
     from trl import get_dataset
+
+    from .dataset import builder_of, load_dataset
 
     name = run.script.dataset_name
     if not run.mixture.datasets and not name:
         raise InputError("dataset_name is missing; give a hub name, a folder, or a .jsonl, .json or .parquet file.")
-    path = Path(name or "")
-    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst", ".bz2", ".xz")]
-    builder = _FILES.get(suffixes[-1]) if suffixes else None
-    if builder and not run.mixture.datasets and not path.is_file():
-        raise InputError(f"dataset_name: there is no file {path}.")
+    if name and builder_of(name) and not run.mixture.datasets and not Path(name).is_file():
+        raise InputError(f"dataset_name: there is no file {name}.")
     try:
         if run.mixture.datasets:
             return get_dataset(run.mixture)
-        if builder:
-            return load_dataset(builder, data_files=str(path), streaming=run.script.dataset_streaming)
         return load_dataset(name, name=run.script.dataset_config, streaming=run.script.dataset_streaming)
     except Exception as error:  # whatever a loader of `datasets` raises, said in one sentence
-        fault = _first_bad_line(path) if builder == "json" else None
+        fault = _first_bad_line(Path(name)) if name and Path(name).is_file() else None
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
@@ -193,7 +187,7 @@ def _load(run: Run) -> Any:
 
 
 def _first_bad_line(path: Path) -> str | None:
-    if not {".jsonl"}.intersection(path.suffixes):
+    if ".jsonl" not in path.suffixes:
         return None
     number = 0
     try:

@@ -1,4 +1,4 @@
-"""Through the real trainer: where the host has an answer ours is equal to it, and where it has none, to a worked one."""
+"""Through the real trainer: where the host has an answer, ours equals it; where it has none, a worked one."""
 
 import copy
 
@@ -198,8 +198,13 @@ class TestLengths:
     )
     def test_against_log_probs_from_raw_logits(self, train, settings):
         trainer = train(
-            loss_type="apo_zero_norm", beta=5.0, ref_model=make_model(seed=1), per_device_eval_batch_size=8, run=False, **settings
-        )  # fmt: skip
+            loss_type="apo_zero_norm",
+            beta=5.0,
+            ref_model=make_model(seed=1),
+            per_device_eval_batch_size=8,
+            run=False,
+            **settings,
+        )
         data = Dataset.from_list(rows())
         loss = trainer.evaluate(data)["eval_loss"]
         expected = []

@@ -77,10 +77,12 @@ def run_demo(output_dir: str, *, model: str | None = None, max_steps: int | None
     arguments += ["--model_name_or_path", model or str(smollm2()), "--output_dir", output_dir]
     run, _ = parse(arguments + ([] if max_steps is None else ["--max_steps", str(max_steps)]))
     trainer, points = _with_points(make_trainer, run)
+    _show_progress_only(trainer)
 
     questions = [row["prompt"] for row in trainer.eval_dataset.select(range(2))]
     print("Held-out pairs before training ...", flush=True)
     trainer.evaluate()
+    history = list(trainer.state.log_history)  # training starts a new one
     before = _summary(points, run.training.beta)
     answers = [_answers(trainer, questions)]
     trainer.train()
@@ -92,7 +94,7 @@ def run_demo(output_dir: str, *, model: str | None = None, max_steps: int | None
     trainer.save_model(output_dir)
 
     folder = Path(output_dir)
-    draw_report(trainer.state.log_history, points, folder / "report.png", beta=run.training.beta)
+    draw_report(history + trainer.state.log_history, points, folder / "report.png", beta=run.training.beta)
     summary = {"seconds": round(time.monotonic() - started, 1), "before": before, "after": after}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     _show(summary, questions, answers, pairs=len(trainer.eval_dataset), folder=folder)
@@ -114,6 +116,21 @@ def _with_points(make_trainer: Any, run: Any) -> tuple[Any, list[tuple[float, fl
                 )
 
     return make_trainer(run, Trainer), points
+
+
+def _show_progress_only(trainer: Any) -> None:
+    """Have the progress bar carry the rewards, where the host prints thirty metrics every second step."""
+    from transformers import ProgressCallback
+
+    class Progress(ProgressCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if self.training_bar is not None and logs and "rewards/chosen" in logs:
+                self.training_bar.set_postfix(
+                    {side: f"{logs[f'rewards/{side}']:+.2f}" for side in ("chosen", "rejected")}
+                )
+
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress)
 
 
 def _summary(points: list[tuple[float, float]], beta: float) -> dict[str, float]:
