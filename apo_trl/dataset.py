@@ -15,7 +15,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import tqdm
 from datasets import Dataset, IterableDataset
 
-from .inputs import InputError, check_rows, row_fault
+from .inputs import InputError, check_rows, row_fault, useless
 
 __all__ = [
     "CollatorWithWins",
@@ -25,6 +25,7 @@ __all__ = [
     "check_stream_row",
     "load_dataset",
     "named",
+    "screen_vision",
     "without_useless",
 ]
 
@@ -94,6 +95,15 @@ def without_useless(
         "in APOConfig to keep those that fit into max_length."
     )
     return dataset.select([index for index, why in enumerate(reasons) if why is None])
+
+
+def screen_vision(given: Any, name: str) -> Any:
+    """Screen vision datasets by their texts alone; the host prepares them only in the collator."""
+    if isinstance(given, dict):
+        return {key: screen_vision(dataset, f"{name} '{key}'") for key, dataset in given.items()}
+    if isinstance(given, Dataset) and {"image", "images"}.intersection(given.column_names):
+        return without_useless(given, useless, name, Counter())
+    return given
 
 
 @dataclass

@@ -25,7 +25,15 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from .dataset import CollatorWithWins, StreamFilter, check_dataset, check_stream_row, named, without_useless
+from .dataset import (
+    CollatorWithWins,
+    StreamFilter,
+    check_dataset,
+    check_stream_row,
+    named,
+    screen_vision,
+    without_useless,
+)
 from .inputs import InputError, nearest, useless
 from .losses import LOSSES, PER_TOKEN
 from .metrics import largest_slope, pair_metrics
@@ -152,6 +160,8 @@ class _AnchoredTrainer(DPOTrainer):
         for key in ("train_dataset", "eval_dataset"):
             for name, dataset in named(given.arguments.get(key), key.removesuffix("_dataset")):
                 check_dataset(dataset, name, needs_wins)
+            if key in given.arguments and not _keeps_all(config):
+                given.arguments[key] = screen_vision(given.arguments[key], key.removesuffix("_dataset"))
 
         super().__init__(*given.args[1:], **given.kwargs)
 
@@ -171,7 +181,7 @@ class _AnchoredTrainer(DPOTrainer):
             dataset = dataset.map(check, with_indices=True)
         before = len(dataset) if isinstance(dataset, Dataset) else 0
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if isinstance(args, APOConfig) and args.keep_degenerate_pairs:
+        if _keeps_all(args):
             return dataset
         reason = functools.partial(
             useless,
@@ -409,6 +419,10 @@ class _Recorder:
         if kwargs.get("fused_lm_head"):
             self.outputs = outputs
         return outputs
+
+
+def _keeps_all(config: DPOConfig | None) -> bool:
+    return isinstance(config, APOConfig) and config.keep_degenerate_pairs
 
 
 def _names(config: DPOConfig) -> list[str]:

@@ -265,8 +265,10 @@ class TestProcesses:
         logs = {}
         for processes in (1, 2):
             batch = ["--per_device_train_batch_size", str(4 // processes)]
-            launch = [BIN / "accelerate", "launch", "--cpu", "--num_processes", processes, "--num_machines", 1]
+            launch = [BIN / "accelerate", "launch", "--num_processes", processes, "--num_machines", 1]
             launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+            # What starts several processes is called after GPUs; the script itself stays on the CPU.
+            launch += ["--multi_gpu"] if processes > 1 else ["--cpu"]
             done = command(*launch, script, *options, *batch)
             assert done.returncode == 0, done.stderr[-3000:]
             (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOG ")]
