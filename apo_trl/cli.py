@@ -73,3 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         parser.print_help()
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ import gzip
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -86,8 +87,11 @@ def make_trainer(run: Run, trainer_class: Any = None) -> Any:
 def train(run: Run) -> None:
     """Train, save the model, and push it where the run says so."""
     trainer = make_trainer(run)
-    resume = {"true": True, "false": None}.get(str(run.training.resume_from_checkpoint).lower())
-    trainer.train(resume_from_checkpoint=run.training.resume_from_checkpoint if resume is None else resume)
+    if run.script.ignore_bias_buffers:
+        masks = [name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"]
+        trainer.model._ddp_params_and_buffers_to_ignore = masks
+    resume = run.training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     trainer.save_model(run.training.output_dir)
     trainer.accelerator.print(f"Saved to {run.training.output_dir}.")
     if run.training.push_to_hub:
@@ -171,6 +175,10 @@ def _load(run: Run) -> Any:
     name = run.script.dataset_name
     if not run.mixture.datasets and not name:
         raise InputError("dataset_name is missing; give a hub name, a folder, or a .jsonl, .json or .parquet file.")
+    if name and run.mixture.datasets:
+        warnings.warn(
+            f"dataset_name={name} is not used, because `datasets` is given too. Remove one of them.", stacklevel=2
+        )
     if name and builder_of(name) and not run.mixture.datasets and not Path(name).is_file():
         raise InputError(f"dataset_name: there is no file {name}.")
     try:

@@ -28,7 +28,8 @@ def vision():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     template = (
         "{% for m in messages %}<|{{ m['role'] }}|>{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-        "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+        "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}"
+        "{% endfor %}"
         "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     processor = LlavaProcessor(
@@ -63,10 +64,10 @@ def vision():
     return LlavaForConditionalGeneration(config), processor
 
 
-def pictures(number=4):
+def pictures(data):
     colours = [(250, 20, 20), (20, 250, 20), (20, 20, 250), (250, 250, 20)]
     return Dataset.from_list(
-        [row | {"images": [Image.new("RGB", (16, 16), colours[i % 4])]} for i, row in enumerate(rows(number))]
+        [row | {"images": [Image.new("RGB", (16, 16), colours[i % 4])]} for i, row in enumerate(data)]
     )
 
 
@@ -80,7 +81,7 @@ class TestVision:
             model=model,
             ref_model=copy.deepcopy(model),
             processing_class=processor,
-            data=data or pictures(),
+            data=data or pictures(rows(4)),
             max_length=None,
             steps=3,
             **settings,
@@ -98,9 +99,9 @@ class TestVision:
         assert curve(ours) == pytest.approx(curve(theirs), rel=1e-6)
 
     def test_leaves_out_pairs_that_teach_nothing(self, train, vision, caplog):
-        data = pictures().to_list()
+        data = rows(4)
         data[2]["chosen"] = data[2]["rejected"]
-        trainer = self.run(train, vision, data=Dataset.from_list(data), loss_type="apo_zero")
+        trainer = self.run(train, vision, data=pictures(data), loss_type="apo_zero")
         assert len(trainer.train_dataset) == 3
         assert "Left out 1 of 4 pairs of the train dataset: 1 where chosen equals rejected" in caplog.text
 
@@ -128,7 +129,7 @@ def test_quantised(train, bits):
 
 
 def test_prompt_learning_shifts_nothing(train):
-    """Virtual tokens stand before the real ones: the lengths stay those of the completion, and the first loss the host's."""
+    """Virtual tokens stand before the real ones: lengths stay those of the completion, losses the host's."""
     peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     theirs = train(DPOTrainer, DPOConfig, loss_type="apo_zero", peft_config=peft_config)
     ours = train(loss_type=["apo_zero", "apo_zero_norm"], loss_weights=[1.0, 1e-9], peft_config=peft_config)

