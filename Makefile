@@ -5,7 +5,7 @@ READY := .venv/.ready
 # Tests and the demo need no hub; a hub that is asked for by mistake should fail at once and not after a timeout.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test lint types format upstream build clean
+.PHONY: help setup demo test lint types format upstream build figures clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,7 +46,7 @@ upstream:  ## the contract with the oldest and the newest TRL
 	  echo torch==2.13.0 > .venv-$$set/torch.txt && \
 	  if [ $$set = floor ]; then wanted="$(FLOORS)"; else wanted="trl<2"; fi && \
 	  .venv-$$set/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-$$set/torch.txt \
-	    -e . pytest $$wanted && \
+	    -e . pytest pytest-timeout $$wanted && \
 	  echo "== $$set: $$(.venv-$$set/bin/python -m pip freeze | grep -E '^(trl|transformers|datasets|accelerate|peft)==' | xargs)" && \
 	  .venv-$$set/bin/python -m pytest -q tests/test_contract.py tests/test_parity.py || exit 1; \
 	done
@@ -58,6 +58,9 @@ build: $(READY)  ## wheel and sdist, the wheel installed into a clean venv and i
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
 	cd .venv-wheel && bin/python -c 'import apo_trl; apo_trl.register(); from apo_trl.recipes import find_recipe; print(apo_trl.__file__, find_recipe("smollm2-135m/demo"))'
 	cd .venv-wheel && bin/apo-trl --version
+
+figures: $(READY)  ## the figure in docs/losses.md
+	$(BIN)/python docs/draw_losses.py
 
 clean:  ## remove what the targets made, except the demo's model cache
 	rm -rf .venv .venv-* dist runs .pytest_cache .mypy_cache .ruff_cache

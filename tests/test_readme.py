@@ -25,8 +25,8 @@ def blocks(language):
 
 
 def test_how_many_blocks_there_are():
-    counts = {language: len(blocks(language)) for language in ("python", "sh", "yaml", "json", "bibtex")}
-    assert counts == {"python": 2, "sh": 2, "yaml": 1, "json": 1, "bibtex": 1}
+    counts = {language: len(blocks(language)) for language in ("python", "sh", "yaml", "json", "bibtex", "text")}
+    assert counts == {"python": 2, "sh": 2, "yaml": 1, "json": 1, "bibtex": 1, "text": 1}
     assert len(re.findall(r"^```\w+", README, re.MULTILINE)) == sum(counts.values())
 
 

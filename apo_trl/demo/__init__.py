@@ -1,6 +1,7 @@
 """The embedded run: APO-zero with LoRA on a real small model, its own answers revised, on a CPU, in minutes."""
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -66,8 +67,12 @@ def run_demo(output_dir: str, *, model: str | None = None, max_steps: int | None
     if find_spec("matplotlib") is None:
         raise InputError("The demo draws its report with matplotlib: run `pip install 'apo-trl[demo]'`.")
     started = time.monotonic()
+    # Keep the screen for what matters: a packaged model needs no hub, DeepSpeed need not look for a device nor
+    # bitsandbytes for kernels, and TRL's own defaults are deprecated in transformers.
     os.environ.setdefault("HF_HUB_OFFLINE", "1" if model is None else "0")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of TRL's own defaults
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     from ..recipes import find_recipe
     from ..report import draw_report
@@ -154,7 +159,7 @@ def _answers(trainer: Any, questions: list[Any]) -> list[str]:
         inputs = tokenizer.apply_chat_template(
             question, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        output = trainer.model.generate(**inputs, max_new_tokens=48, do_sample=False)
+        output = trainer.model.generate(**inputs, max_new_tokens=64, do_sample=False)
         texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     return texts
 
