@@ -121,6 +121,7 @@ _TRAINER_ARGUMENTS = {
     "data_collator",
     "processing_class",
     "callbacks",
+    "compute_metrics",
 }
 
 

