@@ -8,9 +8,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .config import APOConfig
     from .inputs import InputError
     from .losses import LOSSES, apo_blend, apo_down, apo_down_norm, apo_zero, apo_zero_norm
-    from .trainer import APOConfig, APOTrainer, register, unregister
+    from .trainer import APOTrainer, register, unregister
 
 __all__ = [
     "LOSSES",
@@ -30,9 +31,10 @@ __all__ = [
 __version__ = version("apo-trl")
 
 _HOMES = {
+    "config": ("APOConfig",),
     "inputs": ("InputError",),
     "losses": ("LOSSES", "apo_blend", "apo_down", "apo_down_norm", "apo_zero", "apo_zero_norm"),
-    "trainer": ("APOConfig", "APOTrainer", "register", "unregister"),
+    "trainer": ("APOTrainer", "register", "unregister"),
 }
 
 

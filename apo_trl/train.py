@@ -39,7 +39,7 @@ def parse(arguments: Sequence[str]) -> tuple[Run, list[str]]:
     """
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-    from .trainer import APOConfig
+    from .config import APOConfig
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""APO inside TRL: `APOConfig`, `APOTrainer`, and `register()` for plain `trl.DPOTrainer`.
+"""APO inside TRL: `APOTrainer`, and `register()` for plain `trl.DPOTrainer`.
 
 This is the one file that overrides the host. TRL has no hook for losses, so `_AnchoredTrainer` stands between
 `DPOTrainer._compute_loss` and what it calls: the reference log-probs are asked for first, through the host's own
@@ -12,10 +12,8 @@ Left out on purpose: a registry. TRL does not want one, and `LOSSES` is a dict.
 import copy
 import functools
 import inspect
-import re
 import textwrap
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +23,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
+from .config import OUR_LOSSES, SMOOTHED, APOConfig, check_config, keeps_all, loss_names
 from .dataset import (
     CollatorWithWins,
     StreamFilter,
@@ -34,23 +33,14 @@ from .dataset import (
     screen_vision,
     without_useless,
 )
-from .inputs import InputError, nearest, useless
+from .inputs import useless
 from .losses import LOSSES, PER_TOKEN
 from .metrics import largest_slope, pair_metrics
 
-__all__ = ["HOST_LOSSES", "OUR_LOSSES", "APOConfig", "APOTrainer", "check_config", "register", "unregister"]
+__all__ = ["APOTrainer", "register", "unregister"]
 
 logger = get_logger(__name__)
 
-HOST_LOSSES: tuple[str, ...] = tuple(
-    re.findall(r"'(\w+)'", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
-)
-"""The losses of the installed TRL, read from the only place where it lists them outside of a method."""
-
-OUR_LOSSES = {name: loss for name, loss in LOSSES.items() if name not in HOST_LOSSES}
-"""The losses that this package adds. A name that TRL has too is TRL's."""
-
-_SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}
 _ANCHORED = {name for name in LOSSES if name.startswith("apo_")}
 _PAPER = {
     "title": "Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
@@ -71,69 +61,6 @@ _PAPER = {
 }
 
 
-@dataclass
-class APOConfig(DPOConfig):
-    """`trl.DPOConfig` with APO as the default loss and the options that only this package has.
-
-    Parameters
-    ----------
-        loss_type (`list[str]`, *optional*, defaults to `["apo_zero"]`):
-            Any mixture of the names in `apo_trl.LOSSES` and those of TRL, weighted by `loss_weights`.
-        keep_degenerate_pairs (`bool`, *optional*, defaults to `False`):
-            Keep pairs that can teach nothing (chosen equals rejected, before or after truncation, or a completion is
-            empty) instead of leaving them out with a warning that counts them.
-
-    Raises `InputError` (a `ValueError`) where a loss does not exist or cannot work with the other settings.
-    """
-
-    loss_type: list[str] = field(
-        default_factory=lambda: ["apo_zero"],
-        metadata={
-            "help": "Loss, or several to be summed with the weights in `loss_weights`. "
-            f"Of apo-trl: {', '.join(repr(name) for name in OUR_LOSSES)}. "
-            f"Of TRL: {', '.join(repr(name) for name in HOST_LOSSES)}."
-        },
-    )
-    keep_degenerate_pairs: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep pairs that can teach nothing (chosen equals rejected, before or after truncation, or a "
-            "completion is empty) instead of leaving them out with a warning that counts them."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        check_config(self)
-        super().__post_init__()
-
-
-def check_config(config: DPOConfig) -> None:
-    """Raise InputError for a loss that does not exist, or that the other settings of `config` rule out."""
-    names = _names(config)
-    known = [*OUR_LOSSES, *HOST_LOSSES]
-    if not names:
-        raise InputError(f"loss_type is empty; name at least one of {', '.join(known)}.")
-    for name in names:
-        if name not in known:
-            raise InputError(f"loss_type '{name}' does not exist.{nearest(name, known)} Known are {', '.join(known)}.")
-    if config.loss_weights and len(config.loss_weights) != len(names):
-        raise InputError(
-            f"loss_weights has {len(config.loss_weights)} values for the {len(names)} losses in loss_type "
-            f"({', '.join(names)}); give one weight for each loss."
-        )
-    for name in names:
-        if name in OUR_LOSSES and config.f_divergence_type != "reverse_kl":
-            raise InputError(
-                f"f_divergence_type='{config.f_divergence_type}' has no meaning for loss_type '{name}', which is "
-                "anchored to log-ratios; set f_divergence_type='reverse_kl'."
-            )
-        if name in OUR_LOSSES and config.use_weighting:
-            raise InputError(
-                f"use_weighting=True is not defined for loss_type '{name}'; set use_weighting=False or choose among "
-                f"{', '.join(HOST_LOSSES)}."
-            )
-
-
 class _AnchoredTrainer(DPOTrainer):
     """`DPOTrainer` with our losses, metrics and checks: `APOTrainer`, and what `register()` makes of the host."""
 
@@ -146,21 +73,21 @@ class _AnchoredTrainer(DPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs)
         config = given.arguments.get("args")
-        names = [] if config is None else _names(config)
+        names = [] if config is None else loss_names(config)
         if config is not None:
             check_config(config)
             if _ANCHORED.intersection(names):
                 self._name, self._paper, self._tag_names = "APO", _PAPER, [*DPOTrainer._tag_names, "apo"]
-            if config.label_smoothing and not _SMOOTHED.intersection(names):
+            if config.label_smoothing and not SMOOTHED.intersection(names):
                 logger.warning(
                     f"label_smoothing={config.label_smoothing} has no effect on loss_type {', '.join(names)}: only "
-                    f"{', '.join(sorted(_SMOOTHED))} read it. Remove it."
+                    f"{', '.join(sorted(SMOOTHED))} read it. Remove it."
                 )
         needs_wins = "apo_blend" in names
         for key in ("train_dataset", "eval_dataset"):
             for name, dataset in named(given.arguments.get(key), key.removesuffix("_dataset")):
                 check_dataset(dataset, name, needs_wins)
-            if key in given.arguments and not _keeps_all(config):
+            if key in given.arguments and not keeps_all(config):
                 given.arguments[key] = screen_vision(given.arguments[key], key.removesuffix("_dataset"))
 
         super().__init__(*given.args[1:], **given.kwargs)
@@ -177,11 +104,11 @@ class _AnchoredTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
         if isinstance(dataset, IterableDataset):
-            check = functools.partial(check_stream_row, name=dataset_name, needs_wins="apo_blend" in _names(args))
+            check = functools.partial(check_stream_row, name=dataset_name, needs_wins="apo_blend" in loss_names(args))
             dataset = dataset.map(check, with_indices=True)
         before = len(dataset) if isinstance(dataset, Dataset) else 0
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if _keeps_all(args):
+        if keeps_all(args):
             return dataset
         reason = functools.partial(
             useless,
@@ -196,12 +123,12 @@ class _AnchoredTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "apo_blend" in _names(self.args) and "chosen_wins" not in self._signature_columns:
+        if "apo_blend" in loss_names(self.args) and "chosen_wins" not in self._signature_columns:
             self._signature_columns.append("chosen_wins")
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as the host does, after checking the rows of a dataset that is given only now."""
-        needs_wins = "apo_blend" in _names(self.args)
+        needs_wins = "apo_blend" in loss_names(self.args)
         for name, dataset in named(eval_dataset, "eval"):
             check_dataset(dataset, name, needs_wins)
         metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
@@ -419,14 +346,6 @@ class _Recorder:
         if kwargs.get("fused_lm_head"):
             self.outputs = outputs
         return outputs
-
-
-def _keeps_all(config: DPOConfig | None) -> bool:
-    return isinstance(config, APOConfig) and config.keep_degenerate_pairs
-
-
-def _names(config: DPOConfig) -> list[str]:
-    return [config.loss_type] if isinstance(config.loss_type, str) else list(config.loss_type)
 
 
 def _same(tensor: Tensor) -> Tensor:

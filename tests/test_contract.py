@@ -8,8 +8,8 @@ import torch
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
+from apo_trl.config import HOST_LOSSES, OUR_LOSSES, SMOOTHED
 from apo_trl.losses import PER_TOKEN
-from apo_trl.trainer import _SMOOTHED, HOST_LOSSES, OUR_LOSSES
 
 METHODS = {
     "_compute_loss": ["self", "model", "inputs", "return_outputs"],
@@ -94,5 +94,5 @@ def test_what_we_say_of_the_hosts_losses():
         re.findall(r'loss_type == "(\w+)":\n(.*?)(?=\n            elif|\n            else)', source, re.DOTALL)
     )
     assert set(bodies) == set(HOST_LOSSES)
-    assert {name for name, body in bodies.items() if "self.label_smoothing" in body} == _SMOOTHED
+    assert {name for name, body in bodies.items() if "self.label_smoothing" in body} == SMOOTHED
     assert {name for name, body in bodies.items() if "_mask.sum(dim=1)" in body} == PER_TOKEN & set(HOST_LOSSES)

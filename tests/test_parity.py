@@ -4,23 +4,26 @@ import copy
 
 import pytest
 import torch
+import transformers
 from conftest import curve, make_model, rows
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from trl import DPOConfig, DPOTrainer
 
 from apo_trl import APOTrainer
-from apo_trl import trainer as trainer_module
+from apo_trl.config import HOST_LOSSES, OUR_LOSSES
 from apo_trl.losses import LOSSES
-from apo_trl.trainer import HOST_LOSSES, OUR_LOSSES
 
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True)
+# transformers 4 rounds what it logs to four digits.
+CLOSE = 1e-6 if Version(transformers.__version__) >= Version("5") else 1e-4
 NEEDS = {"exo_pair": {"label_smoothing": 0.05}}
 
 
-def same(ours, theirs, tolerance=1e-6):
+def same(ours, theirs, tolerance=0.0):
     assert len(ours) == len(theirs) > 0
-    assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+    assert ours == pytest.approx(theirs, rel=max(tolerance, CLOSE), abs=max(tolerance, CLOSE))
 
 
 @pytest.mark.parametrize("name", HOST_LOSSES)
@@ -35,7 +38,7 @@ def test_every_loss_of_the_host_trains_as_before(train, name):
 @pytest.mark.parametrize("case", ["full", "lora", "ld_alpha", "accumulation", "checkpointing", "keep_end"])
 def test_our_functions_equal_the_hosts_losses(train, monkeypatch, name, case):
     """`LOSSES[name]`, trained under another name through our own path, against the host's code."""
-    monkeypatch.setitem(trainer_module.OUR_LOSSES, f"our_{name}", LOSSES[name])
+    monkeypatch.setitem(OUR_LOSSES, f"our_{name}", LOSSES[name])
     settings = {
         "full": {},
         "lora": {"peft_config": LORA},
@@ -129,14 +132,16 @@ def test_compute_metrics_still_gets_logits(train, dataset):
     with pytest.warns(FutureWarning, match="return_outputs"):
         metrics = trainer.evaluate(dataset)
     assert metrics["eval_mine"] == 1.0
-    assert metrics["eval_loss"] == pytest.approx(1.0)
+    assert metrics["eval_loss"] == pytest.approx(1.0, abs=1e-4)
     assert seen[0][-1] == 260  # the vocabulary
 
 
 def test_a_stream_trains_as_the_same_rows_on_disk(train, dataset):
     for name in ("apo_zero_norm", "apo_blend"):
-        stream = train(loss_type=name, data=dataset.to_iterable_dataset(), steps=2)
-        same(curve(stream), curve(train(loss_type=name, steps=2, train_sampling_strategy="sequential")))
+        # All rows in one batch, since rows on disk are shuffled and a stream is not.
+        settings = {"loss_type": name, "steps": 3, "per_device_train_batch_size": len(dataset)}
+        stream = train(data=dataset.to_iterable_dataset(), **settings)
+        same(curve(stream), curve(train(**settings)), 1e-5)
 
 
 def test_blend_is_zero_and_down_at_its_ends(train):
@@ -173,7 +178,7 @@ class TestMixtures:
         mixed = train(loss_type=["apo_zero_norm", "apo_zero"], ref_model=make_model(seed=1), steps=1)
         for name in ("apo_zero_norm", "apo_zero"):
             alone = train(loss_type=name, ref_model=make_model(seed=1), steps=1)
-            assert curve(mixed, f"loss/{name}")[0] == pytest.approx(curve(alone)[0], rel=1e-6)
+            assert curve(mixed, f"loss/{name}")[0] == pytest.approx(curve(alone)[0], rel=CLOSE)
 
     def test_a_single_loss_is_not_logged_twice(self, train):
         assert curve(train(loss_type="apo_zero_norm", steps=1), "loss/apo_zero_norm") == []
@@ -203,7 +208,7 @@ class TestMixtures:
         assert curve(ours, "aux_loss")[0] > 0
         same(curve(ours), curve(theirs), 1e-5)
         alone = run(loss_type="apo_zero_norm", steps=1)
-        assert curve(alone)[0] == pytest.approx(1 + 0.5 * curve(alone, "aux_loss")[0], rel=1e-5)
+        assert curve(alone)[0] == pytest.approx(1 + 0.5 * curve(alone, "aux_loss")[0], rel=max(CLOSE, 1e-5))
 
 
 class TestLengths:
@@ -237,7 +242,7 @@ class TestLengths:
                 scored = torch.tensor(completion[1:]).bool()
                 means.append(ratios[scored].mean())
             expected.append(torch.sigmoid(-5 * means[0]) + torch.sigmoid(5 * means[1]))
-        assert loss == pytest.approx(torch.stack(expected).mean().item(), abs=1e-5)
+        assert loss == pytest.approx(torch.stack(expected).mean().item(), abs=max(CLOSE, 1e-5))
 
     def test_the_host_counts_one_token_too_many_there(self, train):
         """Why ours do not share the host's lengths: sigmoid_norm's own loss against its formula, after keep_end."""

@@ -1,0 +1,94 @@
+"""`APOConfig`, and what can be said of settings before anything is loaded."""
+
+import re
+from dataclasses import dataclass, field
+
+from trl import DPOConfig
+
+from .inputs import InputError, nearest
+from .losses import LOSSES
+
+__all__ = ["HOST_LOSSES", "OUR_LOSSES", "SMOOTHED", "APOConfig", "check_config", "keeps_all", "loss_names"]
+
+HOST_LOSSES: tuple[str, ...] = tuple(
+    re.findall(r"'(\w+)'", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
+)
+"""The losses of the installed TRL, read from the only place where it lists them outside of a method."""
+
+OUR_LOSSES = {name: loss for name, loss in LOSSES.items() if name not in HOST_LOSSES}
+"""The losses that this package adds. A name that TRL has too is TRL's."""
+
+SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}
+"""The losses that read `label_smoothing`."""
+
+
+@dataclass
+class APOConfig(DPOConfig):
+    """`trl.DPOConfig` with APO as the default loss and the options that only this package has.
+
+    Args:
+        loss_type (`list[str]`, *optional*, defaults to `["apo_zero"]`):
+            Any mixture of the names in `apo_trl.LOSSES` and those of TRL, weighted by `loss_weights`.
+        keep_degenerate_pairs (`bool`, *optional*, defaults to `False`):
+            Keep pairs that can teach nothing (chosen equals rejected, before or after truncation, or a completion is
+            empty) instead of leaving them out with a warning that counts them.
+
+    Raises `InputError` (a `ValueError`) where a loss does not exist or cannot work with the other settings.
+    """
+
+    loss_type: list[str] = field(
+        default_factory=lambda: ["apo_zero"],
+        metadata={
+            "help": "Loss, or several to be summed with the weights in `loss_weights`. "
+            f"Of apo-trl: {', '.join(repr(name) for name in OUR_LOSSES)}. "
+            f"Of TRL: {', '.join(repr(name) for name in HOST_LOSSES)}."
+        },
+    )
+    keep_degenerate_pairs: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep pairs that can teach nothing (chosen equals rejected, before or after truncation, or a "
+            "completion is empty) instead of leaving them out with a warning that counts them."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_config(self)
+        super().__post_init__()
+
+
+def check_config(config: DPOConfig) -> None:
+    """Raise InputError for a loss that does not exist, or that the other settings of `config` rule out."""
+    names = loss_names(config)
+    known = [*OUR_LOSSES, *HOST_LOSSES]
+    if not names:
+        raise InputError(f"loss_type is empty; name at least one of {', '.join(known)}.")
+    for name in names:
+        if name not in known:
+            raise InputError(f"loss_type '{name}' does not exist.{nearest(name, known)} Known are {', '.join(known)}.")
+    if config.loss_weights and len(config.loss_weights) != len(names):
+        raise InputError(
+            f"loss_weights has {len(config.loss_weights)} values for the {len(names)} losses in loss_type "
+            f"({', '.join(names)}); give one weight for each loss."
+        )
+    for name in names:
+        if name in OUR_LOSSES and config.f_divergence_type != "reverse_kl":
+            raise InputError(
+                f"f_divergence_type='{config.f_divergence_type}' has no meaning for loss_type '{name}', which is "
+                "anchored to log-ratios; set f_divergence_type='reverse_kl'."
+            )
+        if name in OUR_LOSSES and config.use_weighting:
+            raise InputError(
+                f"use_weighting=True is not defined for loss_type '{name}'; set use_weighting=False or choose among "
+                f"{', '.join(HOST_LOSSES)}."
+            )
+
+
+def keeps_all(config: DPOConfig | None) -> bool:
+    """Say whether the user asked to keep pairs that can teach nothing."""
+    return isinstance(config, APOConfig) and config.keep_degenerate_pairs
+
+
+def loss_names(config: DPOConfig) -> list[str]:
+    """Give the losses of a configuration, also where `loss_type` was set to a single name later."""
+    return [config.loss_type] if isinstance(config.loss_type, str) else list(config.loss_type)
