@@ -27,7 +27,8 @@ def test_trains_on(name, train, caplog):
     trainer = train(data=data, loss_type=["apo_zero_norm", "apo_zero"], max_length=512, steps=2, dataset_num_proc=None)
     losses = curve(trainer)
     assert losses[0] == pytest.approx(2.0, abs=1e-6)
-    assert losses[1] < 2.0
+    assert abs(losses[1] - 2.0) > 1e-6  # it moved; a random model may move either way on other rows
+    assert all(norm > 0 for norm in curve(trainer, "grad_norm"))
     # Nothing is lost silently: what is not trained on was counted.
     left_out = len(data) - len(trainer.train_dataset)
     assert (f"Left out {left_out} of {len(data)} pairs" in caplog.text) == (left_out > 0)
