@@ -52,9 +52,11 @@ def parse(arguments: Sequence[str]) -> tuple[Run, list[str]]:
     launcher = _launcher_options()
     _check_yaml(arguments, {option.removeprefix("--") for option in known | launcher})
     *parsed, leftover = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    for option in leftover:
+    for before, option in zip(["", *leftover], leftover, strict=False):
         if option.startswith("--") and (name := option.split("=")[0]) not in launcher:
             raise InputError(f"The option {name} does not exist.{nearest(name, known | launcher)}")
+        if not option.startswith("-") and not before.startswith("-"):
+            raise InputError(f"'{option}' belongs to no option. A YAML file is given as --config {option}.")
     return Run(*parsed), leftover
 
 
@@ -64,8 +66,7 @@ def make_trainer(run: Run, trainer_class: Any = None) -> Any:
 
     from .trainer import APOTrainer
 
-    if not run.model.model_name_or_path:
-        raise InputError("model_name_or_path is missing; give a model folder or a hub name.")
+    _check_model(run)
     run.training.model_init_kwargs = {
         "revision": run.model.model_revision,
         "trust_remote_code": run.training.trust_remote_code,
@@ -86,6 +87,9 @@ def make_trainer(run: Run, trainer_class: Any = None) -> Any:
 
 def train(run: Run) -> None:
     """Train, save the model, and push it where the run says so."""
+    import transformers
+    from packaging.version import Version
+
     trainer = make_trainer(run)
     if run.script.ignore_bias_buffers:
         masks = [name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"]
@@ -96,7 +100,8 @@ def train(run: Run) -> None:
     trainer.accelerator.print(f"Saved to {run.training.output_dir}.")
     if run.training.push_to_hub:
         trainer.push_to_hub(dataset_name=run.script.dataset_name)
-    trainer.end()
+    if Version(transformers.__version__) >= Version("5.18"):  # goes when that is the floor
+        trainer.end()
 
 
 @contextlib.contextmanager
@@ -164,6 +169,21 @@ def _check_yaml(arguments: Sequence[str], known: set[str]) -> None:
     for key in config:
         if key not in known | {"env"}:
             raise InputError(f"The key '{key}' in {path} does not exist.{nearest(str(key), known)}")
+
+
+def _check_model(run: Run) -> None:
+    from transformers import AutoConfig
+
+    name = run.model.model_name_or_path
+    if not name:
+        raise InputError("model_name_or_path is missing; give a model folder or a hub name.")
+    try:
+        AutoConfig.from_pretrained(
+            name, revision=run.model.model_revision, trust_remote_code=run.training.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise InputError(f"model_name_or_path '{name}' cannot be loaded: {reason}.") from error
 
 
 def _load(run: Run) -> Any:

@@ -173,6 +173,7 @@ class TestBadInput:
             ({"dataset_name": "no/such-dataset"}, "'no/such-dataset' cannot be loaded"),
             ({"dataset_name": None}, "dataset_name is missing"),
             ({"model_name_or_path": None}, "model_name_or_path is missing"),
+            ({"model_name_or_path": "no/such-model"}, "model_name_or_path 'no/such-model' cannot be loaded"),
             (
                 {"eval_strategy": "steps"},
                 "no split 'test'. Set dataset_test_split to one of ['train'], or eval_strategy",
@@ -206,6 +207,11 @@ class TestBadInput:
 
     def test_a_missing_yaml(self, arguments, capsys, tmp_path):
         assert "cannot be read" in self.refused(arguments(config=tmp_path / "none.yaml"), capsys, tmp_path)
+
+    def test_a_yaml_file_without_its_option(self, arguments, capsys, tmp_path):
+        (tmp_path / "run.yaml").write_text("beta: 0.1\n")
+        words = "belongs to no option. A YAML file is given as --config"
+        assert words in self.refused([*arguments(), str(tmp_path / "run.yaml")], capsys, tmp_path)
 
     def test_config_without_a_file(self, arguments, capsys, tmp_path):
         assert "--config needs the path" in self.refused([*arguments(), "--config"], capsys, tmp_path)

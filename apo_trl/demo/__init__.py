@@ -54,6 +54,9 @@ def smollm2() -> Path:
         tokenizer.save_pretrained(unfinished)
         unfinished.chmod(0o755)
         unfinished.replace(folder)
+    except OSError:
+        if not folder.is_dir():  # unless another process was faster
+            raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
