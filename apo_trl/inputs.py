@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["InputError", "check_rows", "nearest", "row_fault", "useless"]
+__all__ = ["InputError", "check_rows", "nearest", "row_fault", "split_conversation", "useless"]
 
 
 class InputError(ValueError):
@@ -38,9 +38,23 @@ def row_fault(row: Mapping[str, Any], *, needs_wins: bool = False) -> str | None
             return f"has a message without 'role' in '{side}'; every message needs 'role' and 'content'"
         if not value and (side == "prompt" or "prompt" not in row):
             return f"has an empty list as '{side}'; it needs at least one message"
-    if len({isinstance(row[side], str) for side in sides}) > 1:
-        return f"mixes texts and lists of messages in {' and '.join(repr(side) for side in sides)}; use one of the two"
+    texts = {side for side in sides if isinstance(row[side], str)}
+    if texts not in (set(), {"prompt"}, set(sides)):
+        return f"has text as {' and '.join(map(repr, sorted(texts)))} beside a list of messages; use one of the two"
     return _wins_fault(row) if needs_wins else None
+
+
+def split_conversation(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Give `prompt`, `chosen` and `rejected` as messages for a row with a text beside two lists of messages.
+
+    UltraFeedback and the CLAIR set of the APO paper come in this form. Where both lists begin with the same messages,
+    they hold the whole conversation and what they share is the prompt; else the text becomes the user's message.
+    """
+    chosen, rejected = row["chosen"], row["rejected"]
+    longest = max(0, min(len(chosen), len(rejected)) - 1)  # each side keeps an answer
+    shared = next((at for at in range(longest) if chosen[at] != rejected[at]), longest)
+    prompt = chosen[:shared] or [{"role": "user", "content": row["prompt"]}]
+    return {"prompt": prompt, "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
 def _wins_fault(row: Mapping[str, Any]) -> str | None:

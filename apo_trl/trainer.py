@@ -33,7 +33,7 @@ from .dataset import (
     screen_vision,
     without_useless,
 )
-from .inputs import useless
+from .inputs import split_conversation, useless
 from .losses import LOSSES, PER_TOKEN
 from .metrics import largest_slope, pair_metrics
 
@@ -106,6 +106,10 @@ class _AnchoredTrainer(DPOTrainer):
         if isinstance(dataset, IterableDataset):
             check = functools.partial(check_stream_row, name=dataset_name, needs_wins="apo_blend" in loss_names(args))
             dataset = dataset.map(check, with_indices=True)
+        first = next(iter(dataset))
+        if isinstance(first.get("prompt"), str) and not isinstance(first["chosen"], str):
+            with args.main_process_first(desc="splitting conversations"):
+                dataset = dataset.map(split_conversation)
         before = len(dataset) if isinstance(dataset, Dataset) else 0
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if keeps_all(args):

@@ -5,7 +5,7 @@ import math
 import pytest
 from datasets import Dataset
 
-from apo_trl.inputs import InputError, check_rows, nearest, row_fault, useless
+from apo_trl.inputs import InputError, check_rows, nearest, row_fault, split_conversation, useless
 
 
 def says(text):
@@ -23,6 +23,7 @@ GOOD = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": says("Hello."),
         {"chosen": GOOD["prompt"] + says("Hello."), "rejected": GOOD["prompt"] + says("No.")},
         {**GOOD, "chosen": [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]},
         {"prompt": "", "chosen": "a", "rejected": "b"},
+        GOOD | {"prompt": "Hi"},
     ],
 )
 def test_good_rows(row):
@@ -39,7 +40,8 @@ def test_good_rows(row):
         ({"chosen": ["a"]}, "list of str as 'chosen'"),
         ({"chosen": [{"content": "a"}]}, "without 'role' in 'chosen'"),
         ({"prompt": []}, "empty list as 'prompt'"),
-        ({"chosen": "text"}, "mixes texts and lists"),
+        ({"chosen": "text"}, "has text as 'chosen' beside a list of messages"),
+        ({"prompt": "text", "chosen": "text"}, "has text as 'chosen' and 'prompt' beside a list of messages"),
     ],
 )
 def test_bad_rows_are_named(change, words):
@@ -77,6 +79,26 @@ def test_no_rows():
 def test_nearest():
     assert nearest("apo_zro", ["apo_zero", "sigmoid"]) == " Did you mean 'apo_zero'?"
     assert nearest("qqqq", ["apo_zero", "sigmoid"]) == ""
+
+
+USER, OTHER = {"role": "user", "content": "Hi"}, {"role": "user", "content": "And now?"}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        (says("Yes."), says("No."), [USER]),  # answers alone: the text is the user's message
+        ([USER, *says("Yes.")], [USER, *says("No.")], [USER]),  # whole conversations
+        ([USER, *says("Well."), OTHER, *says("Yes.")], [USER, *says("Well."), OTHER, *says("No.")],
+         [USER, *says("Well."), OTHER]),
+        (says("Same."), says("Same."), [USER]),
+        ([USER, *says("Same.")], [USER, *says("Same.")], [USER]),
+        ([], says("No."), [USER]),
+    ],
+)  # fmt: skip
+def test_a_text_beside_two_conversations(chosen, rejected, prompt):
+    got = split_conversation({"prompt": "Hi", "chosen": chosen, "rejected": rejected})
+    assert got == {"prompt": prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
 def tokens(prompt, chosen, rejected):
