@@ -3,13 +3,15 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 __all__ = ["main"]
 
 _TRAIN = """\
 Train with APO: `accelerate launch -m apo_trl.train` in one command.
 
-  apo-trl train --config FILE.yaml [--key value ...] [--accelerate_config NAME_OR_FILE] [--num_processes N ...]
+  apo-trl train RECIPE_OR_FILE [--key value ...] [--accelerate_config NAME_OR_FILE] [--num_processes N ...]
 
 Keys, in the file or on the command line, are those of `trl dpo`: TRL's ScriptArguments, ModelConfig and
 DatasetMixtureConfig, and APOConfig, which is DPOConfig with APO as the default loss. What `accelerate launch` takes may
@@ -36,12 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     train = commands.add_parser(
-        "train", help="train from a YAML file", usage="apo-trl train --config FILE.yaml [--key value ...]",
+        "train", help="train from a recipe or a YAML file", usage="apo-trl train RECIPE_OR_FILE [--key value ...]",
         description=_TRAIN, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     run = commands.add_parser("run", help="run a TRL script as it is, with the losses registered")
     run.add_argument("script", metavar="SCRIPT", help="the path of a Python file")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="what the script takes")
+    _add_recipes(commands)
+    merge = commands.add_parser("merge", help="merge an adapter into its base model")
+    merge.add_argument("adapter", metavar="ADAPTER", help="the folder of a trained adapter")
+    merge.add_argument(
+        "--output_dir", required=True, help="the folder of the merged model, which must not hold anything"
+    )
+    merge.add_argument("--dtype", help="float32, bfloat16 or float16 (default: that of the base model)")
+    merge.add_argument("--base", help="the base model (default: the one that the adapter names)")
     demo = commands.add_parser(
         "demo", help="watch APO train a small model on this CPU, in a few minutes", allow_abbrev=False
     )
@@ -64,6 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from .run import main as run_script
 
         run_script([options.script, *options.arguments])
+    elif options.command == "recipes":
+        from .train import one_message
+
+        with one_message():
+            _recipes(options)
+    elif options.command == "merge":
+        from .merge import merge as merge_adapter
+        from .train import one_message
+
+        with one_message():
+            folder = merge_adapter(options.adapter, options.output_dir, dtype=options.dtype, base=options.base)
+            print(f"Merged into {folder}.")
     elif options.command == "demo":
         from .demo import run_demo
         from .train import one_message
@@ -73,6 +95,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         parser.print_help()
         sys.exit(2)
+
+
+def _add_recipes(commands: Any) -> None:
+    recipes = commands.add_parser("recipes", help="list, show, copy and check recipes").add_subparsers(
+        dest="action", metavar="ACTION"
+    )
+    recipes.add_parser("list", help="list them (as without an action)")
+    show = recipes.add_parser("show", help="print one")
+    show.add_argument("name", metavar="NAME")
+    copy = recipes.add_parser("copy", help="copy one, to be changed")
+    copy.add_argument("name", metavar="NAME")
+    copy.add_argument("file", metavar="FILE", type=Path)
+    check = recipes.add_parser(
+        "check", help="check files against the installed classes; status 1 where one has an error"
+    )
+    check.add_argument("files", metavar="FILE", nargs="+", help="a file, or the name of a recipe")
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    import warnings
+
+    from .inputs import InputError
+    from .recipes import check, describe, find_recipe, recipe_names
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # TRL's own defaults
+    if options.action in (None, "list"):
+        rows = [describe(name) for name in recipe_names()]
+        table = [{column: column for column in rows[0]}, *rows]
+        widths = {column: max(len(row[column]) for row in table) for column in rows[0]}
+        for row in table:
+            print("  ".join(row[column].ljust(width) for column, width in widths.items()).rstrip())
+    elif options.action == "show":
+        print(find_recipe(options.name).read_text(encoding="utf-8"), end="")
+    elif options.action == "copy":
+        if options.file.exists():
+            raise InputError(f"{options.file} exists; choose another FILE or remove it.")
+        options.file.write_text(find_recipe(options.name).read_text(encoding="utf-8"), encoding="utf-8")
+    elif options.action == "check":
+        errors = 0
+        for name in options.files:
+            findings = check(name)
+            errors += sum(finding.level == "error" for finding in findings)
+            print(f"{name}: {'errors' if any(f.level == 'error' for f in findings) else 'ok'}")
+            for finding in findings:
+                print(f"  {finding.level}: {finding.text}")
+        sys.exit(1 if errors else 0)
 
 
 if __name__ == "__main__":

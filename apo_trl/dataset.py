@@ -23,6 +23,7 @@ __all__ = [
     "builder_of",
     "check_dataset",
     "check_stream_row",
+    "is_local",
     "load_dataset",
     "named",
     "screen_vision",
@@ -42,8 +43,20 @@ def builder_of(path: str) -> str | None:
     return _BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
+def is_local(path: str) -> bool:
+    """Say whether a dataset's name is a file or folder here."""
+    return Path(path).exists() or _packaged(path) is not None
+
+
+def _packaged(path: str) -> Path | None:
+    """Find `apo_trl/demo/pairs`, which recipes name as their data, wherever the package is installed."""
+    inside = Path(__file__).parent.parent / path
+    return inside if path.startswith("apo_trl/") and not Path(path).exists() and inside.is_dir() else None
+
+
 def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
     """Load as `datasets.load_dataset`; `path` may also be a `.jsonl`, `.json` or `.parquet` file, also compressed."""
+    path = str(_packaged(path) or path)
     if (builder := builder_of(path)) and Path(path).is_file():
         kwargs.pop("name", None)
         return _load_dataset(builder, data_files=path, **kwargs)

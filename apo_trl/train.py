@@ -9,17 +9,18 @@ import contextlib
 import gzip
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import yaml
-
+from .checkpoints import last_checkpoint, resume_from
 from .inputs import InputError, nearest
+from .recipes import accelerate_config, find_recipe, read_yaml
 
-__all__ = ["Run", "launch", "main", "make_trainer", "one_message", "parse", "train"]
+__all__ = ["Run", "launch", "load_splits", "main", "make_trainer", "one_message", "parse", "train"]
 
 
 class Run(NamedTuple):
@@ -31,13 +32,13 @@ class Run(NamedTuple):
     mixture: Any
 
 
-def parse(arguments: Sequence[str]) -> tuple[Run, list[str]]:
-    """Read a command line and its `--config` file.
+def parse(arguments: Sequence[str], *, unpaired: bool = False) -> tuple[Run, list[str]]:
+    """Read a command line and its `--config` file, with TRL's `KTOConfig` for the settings where `unpaired`.
 
     Gives the run and what is left over: the arguments of `accelerate launch`, from both places. Raises InputError for a
     file that cannot be read, a key that nobody knows (with the nearest known one) and a value of the wrong type.
     """
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+    from trl import DatasetMixtureConfig, KTOConfig, ModelConfig, ScriptArguments, TrlParser
 
     from .config import APOConfig
 
@@ -45,18 +46,18 @@ def parse(arguments: Sequence[str]) -> tuple[Run, list[str]]:
         def error(self, message: str) -> NoReturn:
             raise InputError(f"{message[0].upper()}{message[1:]}.")
 
-    dataclasses = (ScriptArguments, APOConfig, ModelConfig, DatasetMixtureConfig)
+    dataclasses = (ScriptArguments, KTOConfig if unpaired else APOConfig, ModelConfig, DatasetMixtureConfig)
     parser = Parser(dataclasses, prog="python -m apo_trl.train", allow_abbrev=False)
-    arguments = [part for argument in arguments for part in _config_in_two(argument)]
+    arguments = _with_recipe(arguments)
     known = {option for action in parser._actions for option in action.option_strings} | {"--config"}
     launcher = _launcher_options()
-    _check_yaml(arguments, {option.removeprefix("--") for option in known | launcher})
+    _check_keys(arguments, {option.removeprefix("--") for option in known | launcher})
     *parsed, leftover = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     for before, option in zip(["", *leftover], leftover, strict=False):
         if option.startswith("--") and (name := option.split("=")[0]) not in launcher:
             raise InputError(f"The option {name} does not exist.{nearest(name, known | launcher)}")
         if not option.startswith("-") and not before.startswith("-"):
-            raise InputError(f"'{option}' belongs to no option. A YAML file is given as --config {option}.")
+            raise InputError(f"'{option}' belongs to no option. A recipe or YAML file comes first, or after --config.")
     return Run(*parsed), leftover
 
 
@@ -73,7 +74,7 @@ def make_trainer(run: Run, trainer_class: Any = None) -> Any:
         "attn_implementation": run.model.attn_implementation,
         "dtype": run.model.dtype,
     } | (run.training.model_init_kwargs or {})
-    dataset = _load(run)
+    dataset = load_splits(run)
     evaluates = run.training.eval_strategy != "no"
     return (trainer_class or APOTrainer)(
         model=run.model.model_name_or_path,
@@ -90,12 +91,16 @@ def train(run: Run) -> None:
     import transformers
     from packaging.version import Version
 
+    start = resume_from(run.training.resume_from_checkpoint, run.training.output_dir)
     trainer = make_trainer(run)
     if run.script.ignore_bias_buffers:
         masks = [name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"]
         trainer.model._ddp_params_and_buffers_to_ignore = masks
-    resume = run.training.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
+    try:
+        trainer.train(resume_from_checkpoint=start)
+    except KeyboardInterrupt as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torch's launcher sends a second one
+        raise KeyboardInterrupt(_how_to_go_on(run.training.output_dir)) from error
     trainer.save_model(run.training.output_dir)
     trainer.accelerator.print(f"Saved to {run.training.output_dir}.")
     if run.training.push_to_hub:
@@ -106,13 +111,17 @@ def train(run: Run) -> None:
 
 @contextlib.contextmanager
 def one_message() -> Iterator[None]:
-    """Turn an InputError into one line on the first process of a machine, and exit status 2 on all."""
+    """Turn an InputError into one line on the first process of a machine and status 2 on all, Ctrl-C into 130."""
     try:
         yield
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"\nInterrupted.{error}", file=sys.stderr)
+        sys.exit(130)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -128,16 +137,31 @@ def launch(arguments: Sequence[str]) -> None:
     The script gets all of them, and passes over those of the launcher.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     with one_message():
+        arguments = _with_recipe(arguments)
         _, launcher = parse(arguments)
+        if "--accelerate_config" in launcher[:-1]:
+            at = launcher.index("--accelerate_config") + 1
+            launcher[at] = accelerate_config(launcher[at])
         try:
             launcher = resolve_accelerate_config_argument(launcher)
         except ValueError as error:
             raise InputError(str(error)) from error
     # --quiet: the script has said what went wrong; accelerate would add a traceback of its own.
-    launch_command(launch_command_parser().parse_args(["--quiet", *launcher, "--module", "apo_trl.train", *arguments]))
+    launched = launch_command_parser().parse_args(["--quiet", *launcher, "--module", "apo_trl.train", *arguments])
+    try:
+        launch_command(launched)
+    except (KeyboardInterrupt, SignalException) as error:  # the script has said how to go on
+        sys.exit(128 + getattr(error, "sigval", signal.SIGINT))
+
+
+def _how_to_go_on(output_dir: str) -> str:
+    if checkpoint := last_checkpoint(output_dir):
+        return f" To go on from {checkpoint}, add --resume_from_checkpoint true to the same command."
+    return " There is no checkpoint to go on from; save_steps says how often one is written."
 
 
 def _config_in_two(argument: str) -> list[str]:
@@ -151,24 +175,25 @@ def _launcher_options() -> set[str]:
     return {option for option in options if option.startswith("--")} | {"--accelerate_config"}
 
 
-def _check_yaml(arguments: Sequence[str], known: set[str]) -> None:
-    if "--config" not in arguments:
-        return
-    after = list(arguments)[list(arguments).index("--config") + 1 :]
-    if not after:
-        raise InputError("--config needs the path of a YAML file after it.")
-    path = Path(after[0])
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"The config file {path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"The config file {path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(config, dict):
-        raise InputError(f"The config file {path} must hold `key: value` lines.")
-    for key in config:
-        if key not in known | {"env"}:
-            raise InputError(f"The key '{key}' in {path} does not exist.{nearest(str(key), known)}")
+def _with_recipe(arguments: Sequence[str]) -> list[str]:
+    """Put the file in the place of a recipe's name, given first or after `--config`."""
+    given = [part for argument in arguments for part in _config_in_two(argument)]
+    if given and not given[0].startswith("-"):
+        given.insert(0, "--config")
+    if "--config" in given:
+        at = given.index("--config") + 1
+        if at == len(given):
+            raise InputError("--config needs the path of a YAML file or the name of a recipe after it.")
+        given[at] = str(find_recipe(given[at]))
+    return given
+
+
+def _check_keys(arguments: Sequence[str], known: set[str]) -> None:
+    if "--config" in arguments:
+        path = Path(arguments[list(arguments).index("--config") + 1])
+        for key in read_yaml(path):
+            if key not in known | {"env"}:
+                raise InputError(f"The key '{key}' in {path} does not exist.{nearest(str(key), known)}")
 
 
 def _check_model(run: Run) -> None:
@@ -186,11 +211,11 @@ def _check_model(run: Run) -> None:
         raise InputError(f"model_name_or_path '{name}' cannot be loaded: {reason}.") from error
 
 
-def _load(run: Run) -> Any:
+def load_splits(run: Run) -> Any:
     """Load what `datasets` or `dataset_name` name, as a dictionary of splits."""
     from trl import get_dataset
 
-    from .dataset import builder_of, load_dataset
+    from .dataset import builder_of, is_local, load_dataset
 
     name = run.script.dataset_name
     if not run.mixture.datasets and not name:
@@ -199,7 +224,7 @@ def _load(run: Run) -> Any:
         warnings.warn(
             f"dataset_name={name} is not used, because `datasets` is given too. Remove one of them.", stacklevel=2
         )
-    if name and builder_of(name) and not run.mixture.datasets and not Path(name).is_file():
+    if name and builder_of(name) and not run.mixture.datasets and not is_local(name):
         raise InputError(f"dataset_name: there is no file {name}.")
     try:
         if run.mixture.datasets:

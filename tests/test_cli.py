@@ -66,7 +66,7 @@ def losses(folder):
 
 
 def command(*arguments, **settings):
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "COLUMNS": "200"}
+    env = {**os.environ, "COLUMNS": "200"}
     return subprocess.run(
         [str(argument) for argument in arguments], capture_output=True, text=True, timeout=300, env=env, **settings
     )
@@ -105,6 +105,12 @@ class TestTrain:
         assert run.training.beta == 2.5
         train_script.train(run)
         assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+    def test_a_recipe_by_name_or_file_comes_first(self, arguments, tmp_path):
+        by_name = train_script.parse(["llama-3-8b/apo_zero_lora", *arguments()])[0]
+        assert by_name.training.gradient_accumulation_steps == 16
+        (tmp_path / "run.yaml").write_text("beta: 0.7\n")
+        assert train_script.parse([str(tmp_path / "run.yaml"), *arguments()])[0].training.beta == 0.7
 
     def test_the_default_loss_is_apo_zero(self, arguments):
         assert train_script.parse(arguments())[0].training.loss_type == ["apo_zero"]
@@ -206,11 +212,13 @@ class TestBadInput:
         assert words in self.refused(arguments(config=config), capsys, tmp_path)
 
     def test_a_missing_yaml(self, arguments, capsys, tmp_path):
-        assert "cannot be read" in self.refused(arguments(config=tmp_path / "none.yaml"), capsys, tmp_path)
+        assert "There is no file and no recipe" in self.refused(
+            arguments(config=tmp_path / "none.yaml"), capsys, tmp_path
+        )
 
     def test_a_yaml_file_without_its_option(self, arguments, capsys, tmp_path):
         (tmp_path / "run.yaml").write_text("beta: 0.1\n")
-        words = "belongs to no option. A YAML file is given as --config"
+        words = "belongs to no option. A recipe or YAML file comes first, or after --config"
         assert words in self.refused([*arguments(), str(tmp_path / "run.yaml")], capsys, tmp_path)
 
     def test_config_without_a_file(self, arguments, capsys, tmp_path):

@@ -2,20 +2,29 @@
 
 import pytest
 import yaml
+from conftest import rows
+from test_cli import write
 
+from apo_trl import cli
 from apo_trl.inputs import InputError
-from apo_trl.recipes import find_recipe, recipe_folder
+from apo_trl.recipes import accelerate_config, check, describe, find_recipe, recipe_folder, recipe_names
 from apo_trl.train import parse
 
-NAMES = sorted(path.relative_to(recipe_folder()).with_suffix("").as_posix() for path in recipe_folder().rglob("*.yaml"))
+NAMES = recipe_names()
+HARDWARE = sorted((recipe_folder() / "accelerate").glob("*.yaml"))
 
 
 def test_how_many_there_are():
-    assert NAMES == ["smollm2-135m/demo"]
+    assert len(NAMES) == 13
+    assert {describe(name)["method"] for name in NAMES} == {"full", "LoRA", "QLoRA"}
+    losses = {"apo_zero", "apo_down", "apo_zero_norm", "apo_blend", "apo_zero_unpaired"}
+    assert {describe(name)["loss"] for name in NAMES} == losses
+    names = "cpu ddp fsdp2 multi_node_zero3 single_gpu zero1 zero2 zero3 zero3_offload"
+    assert [path.stem for path in HARDWARE] == names.split()
 
 
-def settings(*arguments):
-    run, leftover = parse(["--use_cpu", "--bf16", "false", *arguments])
+def settings(*arguments, unpaired):
+    run, leftover = parse([*arguments, "--use_cpu"], unpaired=unpaired)
     assert leftover == []
     return {key: value for part in run for key, value in vars(part).items()}
 
@@ -23,21 +32,124 @@ def settings(*arguments):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_key_is_known_and_changes_something(name):
     path = find_recipe(name)
-    keys = yaml.safe_load(path.read_text())
-    parsed, defaults = settings("--config", str(path)), settings()
-    hardware = {"use_cpu", "bf16"}  # given above for both, since the default needs a GPU
-    same = [key for key in keys if key not in hardware and parsed[key] == defaults[key]]
-    # What the paper recommends is worth saying even where it is the default.
-    assert set(same) <= {"loss_type", "beta"}
+    keys, unpaired = yaml.safe_load(path.read_text()), "unpaired" in name
+    parsed, defaults = settings("--config", name, unpaired=unpaired), settings(unpaired=unpaired)
+    # use_cpu is given above for both, since the default needs a GPU.
+    same = [key for key in keys if key != "use_cpu" and parsed[key] == defaults[key]]
+    # What a source recommends is worth saying even where it is the default.
+    assert set(same) <= {"loss_type", "beta", "learning_rate"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_its_head_says_what_a_user_must_know(name):
     head = [line for line in find_recipe(name).read_text().splitlines() if line.startswith("#")]
-    for word in ("Model:", "Data:", "Hardware:", "Numbers:", "apo-trl"):
+    demo = name == "smollm2-135m/demo"
+    for word in ("Model:", "Data:", "Hardware:", "Numbers:", *(["apo-trl demo"] if demo else [name, "Measured here:"])):
         assert any(word in line for line in head), word
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_check_finds_no_error(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    errors = [finding.text for finding in check(name) if finding.level == "error"]
+    # Two recipes name a file of the user's, which is not here.
+    assert all("pairs.jsonl" in error for error in errors)
+    assert bool(errors) == (name in ("qwen3-0.6b/apo_blend_lora", "qwen3-1.7b/apo_zero_lora"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_broken_key_in_any_of_them_is_found(name, tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(find_recipe(name).read_text() + "\nlerning_rate: 1\n")
+    (error,) = [finding for finding in check(str(broken)) if finding.level == "error"]
+    assert "The key 'lerning_rate'" in error.text
+    assert "Did you mean 'learning_rate'?" in error.text
+
+
+@pytest.mark.parametrize("path", HARDWARE, ids=lambda path: path.stem)
+def test_hardware_is_accepted_by_accelerate(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(path)).num_machines == 1
+    assert accelerate_config(path.stem) == str(path)
+    assert accelerate_config("somewhere.yaml") == "somewhere.yaml"
+
+
+BAD = {
+    "a loss that does not exist": ("loss_type: apo_zeroo", "Did you mean 'apo_zero'?"),
+    "a value of the wrong type": ("beta: high", "invalid float value"),
+    "quantised full fine-tuning": ("load_in_4bit: true", "load_in_4bit without use_peft"),
+    "an adapter on lm_head": ("use_peft: true\nlora_target_modules: [q_proj, lm_head]", "names lm_head"),
+    "a column that the loss needs": ("loss_type: apo_blend\ndataset_name: plain.jsonl", "has no 'chosen_wins'"),
+    "prompts longer than max_length": ("dataset_name: pairs.jsonl\nmax_length: 8", "in 8 of 8 rows"),
+    "a file that is not there": ("dataset_name: none.jsonl", "there is no file none.jsonl"),
+}
+NOTES = {
+    "label smoothing": ("label_smoothing: 0.1", "label_smoothing has no effect on apo_zero"),
+    "padding-free": ("padding_free: true", "padding_free: TRL 1.16 does without it"),
+    "a beta for sums": ("loss_type: apo_zero_norm", "beta 0.1 is small for apo_zero_norm"),
+    "the batch": ("per_device_train_batch_size: 2\ngradient_accumulation_steps: 8", "batch: 16 pairs a step"),
+}
+
+
+class TestCheck:
+    @pytest.fixture
+    def file(self, tmp_path, model_dir, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        write(tmp_path / "pairs.jsonl", rows())
+        write(tmp_path / "plain.jsonl", [{k: v for k, v in row.items() if k != "chosen_wins"} for row in rows()])
+
+        def build(text):
+            path = tmp_path / "run.yaml"
+            path.write_text(f"model_name_or_path: {model_dir}\n{text}\n")
+            return str(path)
+
+        return build
+
+    @pytest.mark.parametrize("case", BAD)
+    def test_errors(self, file, case, capsys):
+        text, words = BAD[case]
+        path = file(text)
+        assert any(words in finding.text for finding in check(path) if finding.level == "error")
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["recipes", "check", path])
+        assert stop.value.code == 1
+        assert words in capsys.readouterr().out
+
+    @pytest.mark.parametrize("case", NOTES)
+    def test_notes(self, file, case, capsys):
+        text, words = NOTES[case]
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["recipes", "check", file(text)])
+        assert stop.value.code == 0
+        assert words in capsys.readouterr().out
+
+    def test_four_bits_without_the_extra(self, file, monkeypatch):
+        monkeypatch.setattr("apo_trl.recipes.find_spec", lambda name: None)
+        findings = check(file("load_in_4bit: true\nuse_peft: true"))
+        assert any("pip install 'apo-trl[qlora]'" in finding.text for finding in findings)
+
+
+class TestCommands:
+    def test_list(self, capsys):
+        cli.main(["recipes"])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == ["name", *NAMES]
+
+    def test_show_and_copy(self, capsys, tmp_path):
+        text = find_recipe("llama-3-8b/apo_zero_full").read_text()
+        cli.main(["recipes", "show", "llama-3-8b/apo_zero_full"])
+        assert capsys.readouterr().out == text
+        copy = tmp_path / "mine.yaml"
+        cli.main(["recipes", "copy", "llama-3-8b/apo_zero_full", str(copy)])
+        assert copy.read_text() == text
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["recipes", "copy", "llama-3-8b/apo_zero_full", str(copy)])
+        assert stop.value.code == 2
+        assert "exists; choose another FILE" in capsys.readouterr().err
+
+
 def test_a_wrong_name():
-    with pytest.raises(InputError, match=r"no recipe 'smollm2-135m/dem'. Did you mean 'smollm2-135m/demo'\?"):
+    words = r"no file and no recipe 'smollm2-135m/dem'. Did you mean 'smollm2-135m/demo'\?"
+    with pytest.raises(InputError, match=words):
         find_recipe("smollm2-135m/dem")
