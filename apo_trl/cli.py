@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     demo.add_argument("--max_steps", type=int, help="fewer or more steps than the recipe's")
 
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":
+    planning = options.command == "recipes" and options.action == "plan"
+    if rest and options.command != "train" and not planning:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.version:
         from . import __version__
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from .train import one_message
 
         with one_message():
-            _recipes(options)
+            _recipes(options, rest)
     elif options.command == "merge":
         from .merge import merge as merge_adapter
         from .train import one_message
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _add_recipes(commands: Any) -> None:
-    recipes = commands.add_parser("recipes", help="list, show, copy and check recipes").add_subparsers(
+    recipes = commands.add_parser("recipes", help="list, show, copy, check and plan with recipes").add_subparsers(
         dest="action", metavar="ACTION"
     )
     recipes.add_parser("list", help="list them (as without an action)")
@@ -110,10 +111,23 @@ def _add_recipes(commands: Any) -> None:
     check = recipes.add_parser(
         "check", help="check files against the installed classes; status 1 where one has an error"
     )
+    plan = recipes.add_parser(
+        "plan",
+        help="say what will fit",
+        description="Say how much memory a run takes on each GPU, and what to change where it does not fit. Any key of "
+        "the recipe can be given after it, as for `apo-trl train`.",
+        allow_abbrev=False,
+    )
+    plan.add_argument("name", metavar="NAME", help="a recipe or a YAML file")
+    plan.add_argument("--gpus", type=int, default=1, help="how many (default: %(default)s)")
+    plan.add_argument("--gpu-memory", type=float, required=True, metavar="GB", help="of each, in GB")
+    plan.add_argument(
+        "--accelerate_config", default="ddp", help="a hardware file by name or path (default: %(default)s)"
+    )
     check.add_argument("files", metavar="FILE", nargs="+", help="a file, or the name of a recipe")
 
 
-def _recipes(options: argparse.Namespace) -> None:
+def _recipes(options: argparse.Namespace, rest: list[str]) -> None:
     import warnings
 
     from .inputs import InputError
@@ -132,6 +146,15 @@ def _recipes(options: argparse.Namespace) -> None:
         if options.file.exists():
             raise InputError(f"{options.file} exists; choose another FILE or remove it.")
         options.file.write_text(find_recipe(options.name).read_text(encoding="utf-8"), encoding="utf-8")
+    elif options.action == "plan":
+        from . import plan as planning
+        from .recipes import hardware
+        from .train import parse
+
+        run, _ = parse([options.name, "--use_cpu", *rest])
+        plan = planning.from_recipe(run, gpus=options.gpus, **hardware(options.accelerate_config))
+        print(planning.table(plan))
+        print(planning.verdict(plan, options.gpu_memory))
     elif options.action == "check":
         errors = 0
         for name in options.files:

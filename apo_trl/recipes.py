@@ -18,6 +18,7 @@ __all__ = [
     "check",
     "describe",
     "find_recipe",
+    "hardware",
     "read_yaml",
     "recipe_folder",
     "recipe_names",
@@ -62,6 +63,24 @@ def accelerate_config(name: str) -> str:
     """Give the file of a hardware configuration of ours, or the name itself where it is none."""
     ours = recipe_folder() / "accelerate" / f"{name}.yaml"
     return str(ours) if ours.is_file() and not Path(name).is_file() else name
+
+
+def hardware(name: str) -> dict[str, Any]:
+    """Say what a hardware configuration shares out, as `plan` asks: `stage`, `offload` and `fsdp`."""
+    path = Path(accelerate_config(name))
+    if not path.is_file():
+        known = sorted(file.stem for file in (recipe_folder() / "accelerate").glob("*.yaml"))
+        raise InputError(
+            f"accelerate_config: there is no '{name}'.{nearest(name, known)} There are {', '.join(known)}."
+        )
+    config = read_yaml(path)
+    deepspeed = config.get("deepspeed_config", {})
+    fsdp = config.get("distributed_type") == "FSDP"
+    return {
+        "stage": 3 if fsdp else deepspeed.get("zero_stage", 0),
+        "offload": deepspeed.get("offload_optimizer_device", "none") != "none",
+        "fsdp": fsdp,
+    }
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from test_cli import write
 
 from apo_trl import cli
 from apo_trl.inputs import InputError
-from apo_trl.recipes import accelerate_config, check, describe, find_recipe, recipe_folder, recipe_names
+from apo_trl.recipes import accelerate_config, check, describe, find_recipe, hardware, recipe_folder, recipe_names
 from apo_trl.train import parse
 
 NAMES = recipe_names()
@@ -147,6 +147,41 @@ class TestCommands:
             cli.main(["recipes", "copy", "llama-3-8b/apo_zero_full", str(copy)])
         assert stop.value.code == 2
         assert "exists; choose another FILE" in capsys.readouterr().err
+
+
+class TestPlan:
+    """The numbers are tested in test_plan.py; here, that the command asks for the right ones."""
+
+    def run(self, capsys, model_dir, *arguments):
+        cli.main(["recipes", "plan", *arguments, "--model_name_or_path", str(model_dir)])
+        return capsys.readouterr().out
+
+    def test_says_what_fits(self, capsys, model_dir):
+        out = self.run(capsys, model_dir, "llama-3-8b/apo_zero_lora", "--gpu-memory", "24")
+        assert "adapters" in out
+        assert "24" in out.splitlines()[-1]
+
+    def test_more_is_shared_out_under_zero3(self, capsys, model_dir):
+        tables = [
+            self.run(capsys, model_dir, "llama-3-8b/apo_zero_full", "--gpu-memory", "80", "--gpus", "8", *hardware)
+            for hardware in ([], ["--accelerate_config", "zero3"])
+        ]
+        assert len(set(tables)) == 2
+
+    def test_a_key_given_after_it_counts(self, capsys, model_dir):
+        few = self.run(capsys, model_dir, "llama-3-8b/apo_zero_full", "--gpu-memory", "80")
+        many = self.run(
+            capsys, model_dir, "llama-3-8b/apo_zero_full", "--gpu-memory", "80", "--per_device_train_batch_size", "64"
+        )
+        assert few != many
+
+    def test_hardware(self):
+        assert hardware("zero2") == {"stage": 2, "offload": False, "fsdp": False}
+        assert hardware("zero3_offload") == {"stage": 3, "offload": True, "fsdp": False}
+        assert hardware("fsdp2") == {"stage": 3, "offload": False, "fsdp": True}
+        assert hardware("single_gpu")["stage"] == 0
+        with pytest.raises(InputError, match=r"there is no 'zero33'. Did you mean 'zero3'\?"):
+            hardware("zero33")
 
 
 def test_a_wrong_name():
