@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import curve, make_tokenizer, rows
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PeftModel, PromptTuningConfig
 from PIL import Image
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
 
 
@@ -107,8 +107,8 @@ class TestVision:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised(train, bits):
-    """QLoRA in one process: bitsandbytes has kernels for the CPU."""
+def test_quantised(train, bits, model_dir, tmp_path):
+    """QLoRA in one process: bitsandbytes has kernels for the CPU. The saved adapter gives the trained log-probs."""
     pytest.importorskip("bitsandbytes")
     quantization = BitsAndBytesConfig(
         **{f"load_in_{bits}bit": True}, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
@@ -126,6 +126,21 @@ def test_quantised(train, bits):
     losses = curve(trainer)
     assert losses[0] == pytest.approx(2.0, abs=1e-3)
     assert losses[-1] < losses[0]
+    assert len(curve(trainer, "apo/chosen_up")) == len(losses) == 4
+
+    trainer.save_model(tmp_path / "adapter")
+    dtype = torch.float32 if bits == 4 else torch.bfloat16
+    base = AutoModelForCausalLM.from_pretrained(model_dir, quantization_config=quantization, dtype=dtype)
+
+    def logits(model):
+        # With gradients, as in training: the kernel for inference in 4 bits does not take matrices as small as these.
+        embedded = model.get_input_embeddings()(torch.arange(40, 72).unsqueeze(0)).detach().requires_grad_()
+        return model.train()(inputs_embeds=embedded).logits.detach().float()
+
+    untrained = logits(base)
+    trained = logits(trainer.model)
+    assert (trained - untrained).abs().max() > 0.05
+    assert (logits(PeftModel.from_pretrained(base, tmp_path / "adapter")) - trained).abs().max() < 0.02
 
 
 def test_prompt_learning_shifts_nothing(train):
