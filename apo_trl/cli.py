@@ -111,6 +111,7 @@ def _add_recipes(commands: Any) -> None:
     check = recipes.add_parser(
         "check", help="check files against the installed classes; status 1 where one has an error"
     )
+    check.add_argument("files", metavar="FILE", nargs="+", help="a file, or the name of a recipe")
     plan = recipes.add_parser(
         "plan",
         help="say what will fit",
@@ -124,7 +125,6 @@ def _add_recipes(commands: Any) -> None:
     plan.add_argument(
         "--accelerate_config", default="ddp", help="a hardware file by name or path (default: %(default)s)"
     )
-    check.add_argument("files", metavar="FILE", nargs="+", help="a file, or the name of a recipe")
 
 
 def _recipes(options: argparse.Namespace, rest: list[str]) -> None:
@@ -148,10 +148,10 @@ def _recipes(options: argparse.Namespace, rest: list[str]) -> None:
         options.file.write_text(find_recipe(options.name).read_text(encoding="utf-8"), encoding="utf-8")
     elif options.action == "plan":
         from . import plan as planning
-        from .recipes import hardware
+        from .recipes import hardware, is_unpaired
         from .train import parse
 
-        run, _ = parse([options.name, "--use_cpu", *rest])
+        run, _ = parse([options.name, "--use_cpu", *rest], unpaired=is_unpaired(find_recipe(options.name)))
         plan = planning.from_recipe(run, gpus=options.gpus, **hardware(options.accelerate_config))
         print(planning.table(plan))
         print(planning.verdict(plan, options.gpu_memory))

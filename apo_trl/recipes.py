@@ -19,6 +19,7 @@ __all__ = [
     "describe",
     "find_recipe",
     "hardware",
+    "is_unpaired",
     "read_yaml",
     "recipe_folder",
     "recipe_names",
@@ -112,12 +113,16 @@ def describe(name: str) -> dict[str, str]:
     }
 
 
+def is_unpaired(path: Path) -> bool:
+    """Say whether a file is for TRL's KTOTrainer, whose settings are of another class."""
+    losses = read_yaml(path).get("loss_type", [])
+    return bool(_UNPAIRED.intersection([losses] if isinstance(losses, str) else losses))
+
+
 def check(name: str) -> list[Finding]:
     """Find what the host would refuse, ignore, or fail on only later, in a recipe or any file for `apo-trl train`."""
     path = find_recipe(name)
-    config = read_yaml(path)
-    losses = config.get("loss_type", [])
-    unpaired = bool(_UNPAIRED.intersection([losses] if isinstance(losses, str) else losses))
+    unpaired = is_unpaired(path)
     try:
         from .train import parse
 

@@ -168,6 +168,10 @@ class TestPlan:
         ]
         assert len(set(tables)) == 2
 
+    @pytest.mark.parametrize("name", NAMES)
+    def test_every_recipe_can_be_planned(self, capsys, model_dir, name):
+        assert "total" in self.run(capsys, model_dir, name, "--gpu-memory", "24")
+
     def test_a_key_given_after_it_counts(self, capsys, model_dir):
         few = self.run(capsys, model_dir, "llama-3-8b/apo_zero_full", "--gpu-memory", "80")
         many = self.run(
