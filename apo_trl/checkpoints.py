@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .inputs import InputError
 
-__all__ = ["checkpoint_fault", "last_checkpoint", "resume_from"]
+__all__ = ["checkpoint_fault", "first_process", "last_checkpoint", "resume_from"]
 
 
 def resume_from(asked: str | None, output_dir: str) -> str | None:
@@ -26,7 +26,7 @@ def resume_from(asked: str | None, output_dir: str) -> str | None:
         return None
     if str(asked).lower() == "true":
         found = last_checkpoint(output_dir)
-        if found is None and _first_process():
+        if found is None and first_process():
             print(f"There is no checkpoint in {output_dir}; training starts from the beginning.")
         return found
     if fault := checkpoint_fault(Path(asked)):
@@ -41,7 +41,7 @@ def last_checkpoint(output_dir: str) -> str | None:
         fault = checkpoint_fault(folder)
         if fault is None:
             return str(folder)
-        if _first_process():
+        if first_process():
             warnings.warn(f"The checkpoint {folder} is passed over: it {fault}.", stacklevel=2)
     return None
 
@@ -81,5 +81,6 @@ def _cut_short(path: Path) -> bool:
     return False
 
 
-def _first_process() -> bool:
+def first_process() -> bool:
+    """Say whether this is the process of its machine that speaks for all."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -8,7 +8,6 @@ input ends in one sentence before anything is written.
 import contextlib
 import gzip
 import json
-import os
 import signal
 import sys
 import warnings
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from .checkpoints import last_checkpoint, resume_from
+from .checkpoints import first_process, last_checkpoint, resume_from
 from .inputs import InputError, nearest
 from .recipes import accelerate_config, find_recipe, read_yaml
 
@@ -115,11 +114,11 @@ def one_message() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if first_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if first_process():
             print(f"\nInterrupted.{error}", file=sys.stderr)
         sys.exit(130)
 
