@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .data.cli import add as add_pairs
+from .train import one_message
+
 __all__ = ["main"]
 
 _TRAIN = """\
@@ -45,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.add_argument("script", metavar="SCRIPT", help="the path of a Python file")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="what the script takes")
     _add_recipes(commands)
+    add_pairs(commands)
     merge = commands.add_parser("merge", help="merge an adapter into its base model")
     merge.add_argument("adapter", metavar="ADAPTER", help="the folder of a trained adapter")
     merge.add_argument(
@@ -52,6 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     merge.add_argument("--dtype", help="float32, bfloat16 or float16 (default: that of the base model)")
     merge.add_argument("--base", help="the base model (default: the one that the adapter names)")
+    bench = commands.add_parser("bench", help="time a step against stock TRL's, and compare the results")
+    bench.add_argument("files", metavar="FILE", nargs="*", help="pairs of your own, as for `apo-trl pairs stats`")
+    bench.add_argument("--model", help="a model whose shape is taken, with random weights (default: SmolLM2-135M)")
+    bench.add_argument("--layers", type=int, help="only so many of its layers")
+    bench.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    bench.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    bench.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
+    bench.add_argument("--batch_size", type=int, default=2, help="pairs (default: %(default)s)")
+    bench.add_argument("--repeats", type=int, default=5, help="of which the median is told (default: %(default)s)")
+    bench.add_argument("--json", metavar="FILE", help="write the figures there too")
     demo = commands.add_parser(
         "demo", help="watch APO train a small model on this CPU, in a few minutes", allow_abbrev=False
     )
@@ -76,26 +90,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         run_script([options.script, *options.arguments])
     elif options.command == "recipes":
-        from .train import one_message
-
         with one_message():
             _recipes(options, rest)
+    elif options.command == "pairs":
+        from .data.cli import run as run_pairs
+
+        with one_message():
+            run_pairs(options)
     elif options.command == "merge":
         from .merge import merge as merge_adapter
-        from .train import one_message
 
         with one_message():
             folder = merge_adapter(options.adapter, options.output_dir, dtype=options.dtype, base=options.base)
             print(f"Merged into {folder}.")
+    elif options.command == "bench":
+        with one_message():
+            _bench(options)
     elif options.command == "demo":
         from .demo import run_demo
-        from .train import one_message
 
         with one_message():
             run_demo(options.output_dir, model=options.model, max_steps=options.max_steps)
     else:
         parser.print_help()
         sys.exit(2)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from .bench import bench, table, write_json
+
+    settings = {key: value for key, value in vars(options).items() if key not in ("command", "version", "json")}
+    rows = bench(**settings)
+    print(table(rows))
+    if options.json:
+        write_json(rows, options.json)
 
 
 def _add_recipes(commands: Any) -> None:
@@ -131,7 +159,7 @@ def _recipes(options: argparse.Namespace, rest: list[str]) -> None:
     import warnings
 
     from .inputs import InputError
-    from .recipes import check, describe, find_recipe, recipe_names
+    from .recipes import check, describe, find_recipe, pairs_names, recipe_names
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # TRL's own defaults
     if options.action in (None, "list"):
@@ -140,6 +168,7 @@ def _recipes(options: argparse.Namespace, rest: list[str]) -> None:
         widths = {column: max(len(row[column]) for row in table) for column in rows[0]}
         for row in table:
             print("  ".join(row[column].ljust(width) for column, width in widths.items()).rstrip())
+        print(f"\nFor `apo-trl pairs build`: {', '.join(pairs_names())}")
     elif options.action == "show":
         print(find_recipe(options.name).read_text(encoding="utf-8"), end="")
     elif options.action == "copy":

@@ -16,6 +16,7 @@ from accelerate.utils import tqdm
 from datasets import Dataset, IterableDataset
 
 from .inputs import InputError, check_rows, row_fault, useless
+from .recipes import packaged
 
 __all__ = [
     "CollatorWithWins",
@@ -45,18 +46,12 @@ def builder_of(path: str) -> str | None:
 
 def is_local(path: str) -> bool:
     """Say whether a dataset's name is a file or folder here."""
-    return Path(path).exists() or _packaged(path) is not None
-
-
-def _packaged(path: str) -> Path | None:
-    """Find `apo_trl/demo/pairs`, which recipes name as their data, wherever the package is installed."""
-    inside = Path(__file__).parent.parent / path
-    return inside if path.startswith("apo_trl/") and not Path(path).exists() and inside.is_dir() else None
+    return Path(path).exists() or packaged(path) is not None
 
 
 def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
     """Load as `datasets.load_dataset`; `path` may also be a `.jsonl`, `.json` or `.parquet` file, also compressed."""
-    path = str(_packaged(path) or path)
+    path = str(packaged(path) or path)
     if (builder := builder_of(path)) and Path(path).is_file():
         kwargs.pop("name", None)
         return _load_dataset(builder, data_files=path, **kwargs)

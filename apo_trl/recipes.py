@@ -20,6 +20,8 @@ __all__ = [
     "find_recipe",
     "hardware",
     "is_unpaired",
+    "packaged",
+    "pairs_names",
     "read_yaml",
     "recipe_folder",
     "recipe_names",
@@ -43,20 +45,35 @@ def recipe_folder() -> Path:
 
 
 def recipe_names() -> list[str]:
-    """Give the recipes by name: their path in the folder without `.yaml`, as in `smollm2-135m/demo`."""
+    """Give the recipes of runs by name: their path in the folder without `.yaml`, as in `smollm2-135m/demo`."""
+    return [name for name in _names() if not name.startswith(("accelerate/", "pairs/"))]
+
+
+def pairs_names() -> list[str]:
+    """Give the recipes for building pairs by name, as in `pairs/clair`."""
+    return [name for name in _names() if name.startswith("pairs/")]
+
+
+def _names() -> list[str]:
     folder = recipe_folder()
-    names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
-    return sorted(name for name in names if not name.startswith("accelerate/"))
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def packaged(path: str) -> Path | None:
+    """Find a path that begins with `apo_trl/`, as recipes name packaged data, wherever the package is installed."""
+    inside = Path(__file__).parent.parent / path
+    return inside if path.startswith("apo_trl/") and not Path(path).exists() and inside.exists() else None
 
 
 def find_recipe(name: str) -> Path:
     """Give the YAML file that a path or the name of a recipe stands for."""
     if Path(name).is_file():
         return Path(name)
-    if name in recipe_names():
+    known = [*recipe_names(), *pairs_names()]
+    if name in known:
         return recipe_folder() / f"{name}.yaml"
     raise InputError(
-        f"There is no file and no recipe '{name}'.{nearest(name, recipe_names())} `apo-trl recipes` lists the recipes."
+        f"There is no file and no recipe '{name}'.{nearest(name, known)} `apo-trl recipes` lists the recipes."
     )
 
 
@@ -90,8 +107,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"The config file {path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"The config file {path} is not YAML: {' '.join(str(error).split())}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"The config file {path} is not UTF-8 text; save it as such.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a date that does not exist, of deep nesting
+        # The line itself is not quoted: it may hold a key.
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or (error if isinstance(error, ValueError) else "it is nested too deep")
+        raise InputError(f"The config file {path} is not YAML{where}: {what}.") from error
     if not isinstance(config, dict):
         raise InputError(f"The config file {path} must hold `key: value` lines.")
     return config
@@ -122,6 +145,8 @@ def is_unpaired(path: Path) -> bool:
 def check(name: str) -> list[Finding]:
     """Find what the host would refuse, ignore, or fail on only later, in a recipe or any file for `apo-trl train`."""
     path = find_recipe(name)
+    if "method" in read_yaml(path):
+        return list(_pairs(path))
     unpaired = is_unpaired(path)
     try:
         from .train import parse
@@ -131,6 +156,19 @@ def check(name: str) -> list[Finding]:
     except ValueError as error:  # an InputError of ours, or what the host's classes refuse
         return [Finding("error", str(error))]
     return [*_settings(run, unpaired), *_data(run, unpaired)]
+
+
+def _pairs(path: Path) -> Iterator[Finding]:
+    from .data import check_installed
+
+    try:
+        check_installed()
+        from .data.build import check_templates
+        from .data.settings import parse
+
+        check_templates(parse(str(path), {}, environment=False))
+    except InputError as error:
+        yield Finding("error", str(error))
 
 
 def _settings(run: Any, unpaired: bool) -> Iterator[Finding]:
@@ -150,8 +188,6 @@ def _settings(run: Any, unpaired: bool) -> Iterator[Finding]:
                 yield Finding("error", f"load_in_{bits}bit needs bitsandbytes: run `pip install 'apo-trl[qlora]'`.")
     if model.use_peft and "lm_head" in (model.lora_target_modules or []):
         yield Finding("error", "lora_target_modules names lm_head, which TRL refuses: remove it, or take all-linear.")
-    if not unpaired and training.padding_free:
-        yield Finding("note", "padding_free: TRL 1.16 does without it, with a warning. Remove it.")
     if not unpaired and training.label_smoothing and not SMOOTHED.intersection(names):
         yield Finding("note", f"label_smoothing has no effect on {', '.join(names)}: remove it.")
     if (PER_TOKEN - {"ipo"}).intersection(names) and training.beta < 1:

@@ -26,7 +26,7 @@ def blocks(language):
 
 def test_how_many_blocks_there_are():
     counts = {language: len(blocks(language)) for language in ("python", "sh", "yaml", "json", "bibtex", "text")}
-    assert counts == {"python": 2, "sh": 2, "yaml": 1, "json": 1, "bibtex": 1, "text": 1}
+    assert counts == {"python": 2, "sh": 3, "yaml": 1, "json": 1, "bibtex": 1, "text": 1}
     assert len(re.findall(r"^```\w+", README, re.MULTILINE)) == sum(counts.values())
 
 
@@ -53,7 +53,7 @@ def test_the_python_blocks(model_dir, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines()])
+@pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines() if "pairs" not in line])
 def test_the_commands(line, model_dir, tmp_path):
     write(tmp_path / "pairs.jsonl", rows())
     config = blocks("yaml")[0]
@@ -77,6 +77,30 @@ def test_the_commands(line, model_dir, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "'loss': '1'" in done.stdout
     assert list((tmp_path / "Qwen3-0.6B-APO").glob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_building_pairs_and_training_on_them(model_dir, tmp_path):
+    """The lines that build pairs and train on them, with tiny models and a scripted reviser."""
+    from chat_server import ChatServer
+    from test_pairs_build import answer
+
+    building, training = next(block for block in blocks("sh") if "pairs build" in block).splitlines()
+    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+    def run(line, *more):
+        done = subprocess.run([*shlex.split(line), *more], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    with ChatServer(answer) as server:
+        assert "http://127.0.0.1:8000/v1" in building
+        line = building.replace("http://127.0.0.1:8000/v1", server.url).replace("MODEL", "m")
+        tiny = ["--policy_model", str(model_dir), "--policy_max_tokens", "400", "--policy_temperature", "100"]
+        out = run(line, *tiny, "--max_edit_distance", "1")
+    assert "Kept" in out
+    run(training, "--model_name_or_path", str(model_dir), "--output_dir", "out", *QUICK)
+    assert list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_the_row_it_shows_trains(train, tmp_path):

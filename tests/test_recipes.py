@@ -7,7 +7,16 @@ from test_cli import write
 
 from apo_trl import cli
 from apo_trl.inputs import InputError
-from apo_trl.recipes import accelerate_config, check, describe, find_recipe, hardware, recipe_folder, recipe_names
+from apo_trl.recipes import (
+    accelerate_config,
+    check,
+    describe,
+    find_recipe,
+    hardware,
+    pairs_names,
+    recipe_folder,
+    recipe_names,
+)
 from apo_trl.train import parse
 
 NAMES = recipe_names()
@@ -86,7 +95,6 @@ BAD = {
 }
 NOTES = {
     "label smoothing": ("label_smoothing: 0.1", "label_smoothing has no effect on apo_zero"),
-    "padding-free": ("padding_free: true", "padding_free: TRL 1.16 does without it"),
     "a beta for sums": ("loss_type: apo_zero_norm", "beta 0.1 is small for apo_zero_norm"),
     "the batch": ("per_device_train_batch_size: 2\ngradient_accumulation_steps: 8", "batch: 16 pairs a step"),
 }
@@ -134,7 +142,9 @@ class TestCommands:
     def test_list(self, capsys):
         cli.main(["recipes"])
         lines = capsys.readouterr().out.splitlines()
-        assert [line.split()[0] for line in lines] == ["name", *NAMES]
+        assert [line.split()[0] for line in lines[:-2]] == ["name", *NAMES]
+        assert lines[-1] == f"For `apo-trl pairs build`: {', '.join(pairs_names())}"
+        assert len(pairs_names()) == 6
 
     def test_show_and_copy(self, capsys, tmp_path):
         text = find_recipe("llama-3-8b/apo_zero_full").read_text()

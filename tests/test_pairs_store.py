@@ -1,0 +1,198 @@
+"""The store on bad days: killed, shared, broken, full; and the keys by which replies are found."""
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from apo_trl.data.asking import Asker
+from apo_trl.data.settings import make_settings
+from apo_trl.data.store import Store, open_or_empty, reply_key
+from apo_trl.inputs import InputError
+
+ENTRY = {"role": "policy", "step": "sample", "row": "1", "sample": 0, "model": "m", "usage": (3, 5), "cost": 0.5}
+
+WRITER = """
+import sys
+from pathlib import Path
+from apo_trl.data.store import Store
+store = Store(Path(sys.argv[1]))
+for number in range(10**9):
+    store.add(f"{sys.argv[2]}-{number}", '"' + "x" * 3000 + '"', role="policy", step="sample", row="r", sample=0,
+              model="m", usage=(1, 1), cost=0.0)
+    print(number, flush=True)
+"""
+
+
+def test_what_add_returned_for_survives_sigkill(tmp_path):
+    told = {}
+    for name in "abc":
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), name], stdout=subprocess.PIPE, text=True
+        )
+        lines = [process.stdout.readline() for _ in range(300)]
+        process.send_signal(signal.SIGKILL)
+        lines += process.communicate()[0].splitlines(keepends=True)
+        assert process.returncode == -signal.SIGKILL
+        told[name] = max(int(line) for line in lines if line.endswith("\n"))
+    with Store(tmp_path) as store:
+        for name, last in told.items():
+            assert last >= 299
+            for number in range(last + 1):
+                assert store.reply(f"{name}-{number}") == "x" * 3000
+        assert store._base.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_a_second_writer_is_told_and_the_first_goes_on(tmp_path):
+    with Store(tmp_path) as first:
+        other = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path), "b"], capture_output=True, text=True)
+        assert "InputError: output_dir: another run is writing to" in other.stderr
+        with pytest.raises(InputError, match="another run"):
+            Store(tmp_path)
+        first.add("a", "1", **ENTRY)
+    with Store(tmp_path) as later:
+        assert later.reply("a") == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"no database at all, but long enough to be read as a header" * 100, b"SQLite format 3\0x"]
+)
+def test_a_file_that_is_no_database_is_named_and_stays(tmp_path, content):
+    (tmp_path / "store.sqlite").write_bytes(content)
+    for _ in range(2):  # the lock is free again
+        with pytest.raises(InputError, match=r"store\.sqlite is no store .*move it away"):
+            Store(tmp_path)
+    assert (tmp_path / "store.sqlite").read_bytes() == content
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"output_dir: .*file cannot be made"):
+        Store(tmp_path / "file")
+    (tmp_path / "a" / "store.sqlite").mkdir(parents=True)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"store\.sqlite cannot be opened"):
+            Store(tmp_path / "a")
+    (tmp_path / "b" / "store.lock").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"output_dir: .*b cannot be written to"):
+        Store(tmp_path / "b")
+
+
+def test_a_full_disk_is_told_and_takes_nothing_with_it(tmp_path):
+    with Store(tmp_path) as store:
+        store.add("a", "1", **ENTRY)
+        pages = store._base.execute("PRAGMA page_count").fetchone()[0]
+        store._base.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(InputError, match=r"cannot be written \(database or disk is full\)"):
+            store.add("b", json.dumps("x" * 100_000), **ENTRY)
+        assert store.reply("a") == 1
+        assert store.reply("b") is None
+    with Store(tmp_path) as store:
+        store.add("b", "2", **ENTRY)
+        assert (store.reply("a"), store.reply("b")) == (1, 2)
+
+
+def test_replies_of_shards_are_taken_over_once_and_the_own_stay(tmp_path):
+    for name, keys in {"one": "ab", "two": "bc"}.items():
+        with Store(tmp_path / name) as shard:
+            for key in keys:
+                shard.add(key, json.dumps(name), **ENTRY)
+    with Store(tmp_path / "whole") as whole:
+        whole.add("a", '"whole"', **ENTRY)
+        paths = [tmp_path / name / "store.sqlite" for name in ("one", "two")]
+        assert [whole.take_over(path) for path in paths] == [1, 1]
+        assert [whole.take_over(path) for path in paths] == [0, 0]
+        assert [whole.reply(key) for key in "abc"] == ["whole", "one", "two"]
+        (tmp_path / "bad").write_bytes(b"no database, whatever its name says" * 100)
+        with pytest.raises(InputError, match=r"bad cannot be taken over .*move it away"):
+            whole.take_over(tmp_path / "bad")
+        with sqlite3.connect(tmp_path / "other") as other:
+            other.execute("CREATE TABLE replies (key TEXT)")
+        other.close()
+        with pytest.raises(InputError, match="other cannot be taken over"):
+            whole.take_over(tmp_path / "other")
+        assert whole.take_over(paths[0]) == 0, "a failure left something attached"
+
+
+def test_usage_and_mean_are_sums_and_means_of_what_was_answered(tmp_path):
+    with Store(tmp_path) as store:
+        assert store.usage() == store.mean_tokens() == {}
+        store.add("1", "1", **ENTRY)
+        store.add("1", "2", **ENTRY | {"usage": (9, 9)})  # there already: it has been used
+        assert store.reply("1") == 1
+        store.add("2", "1", **ENTRY | {"sample": 1}, requests=0)
+        store.add("3", "1", **ENTRY | {"usage": (7, 11), "cost": 0.25})
+        store.add("4", "1", **ENTRY | {"role": "judge", "usage": (1, 0)})
+        store.add("5", "1", **ENTRY | {"step": "probe", "usage": (1000, 1000)})
+        store.fail("6", role="policy", row="1", message="no")
+        assert store.usage() == {
+            "judge": {"requests": 1, "prompt_tokens": 1, "completion_tokens": 0, "cost": 0.5},
+            "policy": {"requests": 3, "prompt_tokens": 1013, "completion_tokens": 1021, "cost": 1.75},
+        }
+        assert store.mean_tokens() == {"judge": 0.0, "policy": 7.0}
+
+
+def test_an_empty_store_leaves_nothing_behind(tmp_path):
+    with open_or_empty(tmp_path / "none") as store:
+        store.add("1", "1", **ENTRY)
+    assert not (tmp_path / "none").exists()
+    with Store(tmp_path / "whole" / "shards" / "0-of-2") as shard:
+        shard.add("1", "1", **ENTRY)
+    with open_or_empty(tmp_path / "whole") as store:
+        assert store.reply("1") == 1
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["shards"]
+
+
+PARTS = {
+    "step": "sample", "template": "", "messages": "[]", "model": "m", "base_url": "http://a/v1",
+    "parameters": {"temperature": 1.0, "top_p": 0.5, "min_p": [1, {"a": 1, "b": 2}]},
+}  # fmt: skip
+
+
+def test_each_part_of_a_key_changes_it_and_the_order_does_not():
+    whole = reply_key(**PARTS)
+    assert len(whole) == 64
+    changed = {whole} | {reply_key(**PARTS | {name: "other"}) for name in PARTS}
+    changed |= {reply_key(**PARTS | {"parameters": PARTS["parameters"] | {name: 2}}) for name in PARTS["parameters"]}
+    changed.add(reply_key(**PARTS | {"base_url": None}))
+    assert len(changed) == 1 + len(PARTS) + 3 + 1
+    turned = dict(reversed(PARTS.items()))
+    turned["parameters"] = {"min_p": [1, {"b": 2, "a": 1}], "top_p": 0.5, "temperature": 1.0}
+    assert reply_key(**turned) == whole
+    assert reply_key(**PARTS | {"messages": "\ud800"}) != whole
+
+
+REQUEST = {
+    "policy_model": "m", "policy_base_url": "http://a/v1", "policy_temperature": 1.0, "policy_top_p": 0.9,
+    "policy_max_tokens": 10, "policy_extra_body": {"min_p": 0.1, "top_k": 5}, "seed": 0,
+}  # fmt: skip
+CHANGES = {
+    "policy_model": "n", "policy_base_url": "http://b/v1", "policy_temperature": 0.5, "policy_top_p": None,
+    "policy_max_tokens": 11, "policy_extra_body": {"min_p": 0.2, "top_k": 5}, "seed": 1,
+}  # fmt: skip
+
+
+def key_of(step="sample", messages=(("user", "Hi"),), sample=0, template="", row="1", **keys):
+    basis = {"method": "clair", "prompts": "p.jsonl", "output_dir": "out", "reviser_model": "r"}
+    settings = make_settings(basis | REQUEST | keys)
+    said = [{"role": role, "content": content} for role, content in messages]
+    asker = Asker(settings, None, None)
+    return asker._request(settings.policy[0], step, said, row, sample, template)
+
+
+def test_everything_that_determines_a_reply_is_in_its_key_and_nothing_else():
+    first = key_of().key
+    keys = {key_of(**{name: value}).key for name, value in CHANGES.items()}
+    keys |= {key_of(step="revise").key, key_of(sample=1).key, key_of(template="f00").key}
+    keys |= {key_of(messages=[("user", "Hi!")]).key, key_of(messages=[("system", "Hi")]).key}
+    keys.add(key_of(messages=[("user", "Hi"), ("user", "Hi")]).key)
+    assert len(keys | {first}) == len(CHANGES) + 6 + 1
+    same = [
+        key_of(row="2"), key_of(method="stronger_preferred", stronger_model="s"), key_of(policy_input_price=3),
+        key_of(policy_extra_body={"top_k": 5, "min_p": 0.1}), key_of(concurrency=5), key_of(policy_max_retries=0),
+        key_of(max_edit_distance=0.1), key_of(policy_timeout=5), key_of(policy_requests_per_minute=7),
+    ]  # fmt: skip
+    assert {request.key for request in same} == {first}
