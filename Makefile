@@ -5,7 +5,7 @@ READY := .venv/.ready
 # Tests and the demo need no hub; a hub that is asked for by mistake should fail at once and not after a timeout.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test lint types format upstream build figures clean
+.PHONY: help setup demo test lint types format upstream build bench figures clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +58,9 @@ build: $(READY)  ## wheel and sdist, the wheel installed into a clean venv and i
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
 	cd .venv-wheel && bin/python -c 'import apo_trl; apo_trl.register(); from apo_trl.recipes import find_recipe; print(apo_trl.__file__, find_recipe("smollm2-135m/demo"))'
 	cd .venv-wheel && bin/apo-trl --version
+
+bench: $(READY)  ## a step's time and memory against stock TRL's
+	$(BIN)/apo-trl bench
 
 figures: $(READY)  ## the figure in docs/losses.md
 	$(BIN)/python docs/draw_losses.py

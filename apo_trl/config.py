@@ -29,9 +29,15 @@ class APOConfig(DPOConfig):
     Args:
         loss_type (`list[str]`, *optional*, defaults to `["apo_zero"]`):
             Any mixture of the names in `apo_trl.LOSSES` and those of TRL, weighted by `loss_weights`.
+        padding_free (`bool`, *optional*, defaults to `True`):
+            Compute each distinct token of a batch once: without padding, and every prefix that rows share a single
+            time. Exact. A model that cannot be served so trains with padding, with a warning that says why.
         keep_degenerate_pairs (`bool`, *optional*, defaults to `False`):
             Keep pairs that can teach nothing (chosen equals rejected, before or after truncation, or a completion is
             empty) instead of leaving them out with a warning that counts them.
+        ref_cache_dir (`str`, *optional*):
+            Folder in which `precompute_ref_log_probs` keeps the reference's log-probs, one file per reference. By
+            default `apo-trl` in the cache of `datasets`.
 
     Raises `InputError` (a `ValueError`) where a loss does not exist or cannot work with the other settings.
     """
@@ -44,11 +50,25 @@ class APOConfig(DPOConfig):
             f"Of TRL: {', '.join(repr(name) for name in HOST_LOSSES)}."
         },
     )
+    padding_free: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute each distinct token of a batch once: without padding, and every prefix that rows share a "
+            "single time. Exact; a model that cannot be served so trains with padding, with a warning that says why."
+        },
+    )
     keep_degenerate_pairs: bool = field(
         default=False,
         metadata={
             "help": "Keep pairs that can teach nothing (chosen equals rejected, before or after truncation, or a "
             "completion is empty) instead of leaving them out with a warning that counts them."
+        },
+    )
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which `precompute_ref_log_probs` keeps the reference's log-probs, one file per "
+            "reference. By default `apo-trl` in the cache of `datasets`."
         },
     )
 

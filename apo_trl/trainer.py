@@ -9,11 +9,13 @@ logging, evaluation and every loss that TRL implements stay TRL's; no host metho
 Left out on purpose: a registry. TRL does not want one, and `LOSSES` is a dict.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
 import textwrap
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +38,8 @@ from .dataset import (
 from .inputs import split_conversation, useless
 from .losses import LOSSES, PER_TOKEN
 from .metrics import largest_slope, pair_metrics
+from .prefix_tree import plant
+from .reference import check_cache_dir, with_reference
 
 __all__ = ["APOTrainer", "register", "unregister"]
 
@@ -70,12 +74,15 @@ class _AnchoredTrainer(DPOTrainer):
     loss_weights: list[float]
     precompute_ref_logps: bool
 
+    _reference_fingerprint: tuple[int, str | None] | None = None  # at which step, by `reference.py`
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs)
         config = given.arguments.get("args")
         names = [] if config is None else loss_names(config)
         if config is not None:
             check_config(config)
+            check_cache_dir(config)
             if _ANCHORED.intersection(names):
                 self._name, self._paper, self._tag_names = "APO", _PAPER, [*DPOTrainer._tag_names, "apo"]
             if config.label_smoothing and not SMOOTHED.intersection(names):
@@ -90,7 +97,13 @@ class _AnchoredTrainer(DPOTrainer):
             if key in given.arguments and not keeps_all(config):
                 given.arguments[key] = screen_vision(given.arguments[key], key.removesuffix("_dataset"))
 
-        super().__init__(*given.args[1:], **given.kwargs)
+        with _without_padding_free(config):
+            super().__init__(*given.args[1:], **given.kwargs)
+        self._trees = None
+        if self.args.padding_free:
+            self._trees = plant(self.accelerator.unwrap_model(self.model))
+            if self.ref_model is not None:
+                plant(self.accelerator.unwrap_model(self.ref_model))
 
         self.loss_terms: list[tuple[str, float]] = list(zip(self.loss_types, self.loss_weights, strict=True))
         host_terms = [(name, weight) for name, weight in self.loss_terms if name not in OUR_LOSSES]
@@ -124,6 +137,11 @@ class _AnchoredTrainer(DPOTrainer):
             return dataset.filter(StreamFilter(reason, dataset_name))
         too_long = f"the prompt alone fills max_length={args.max_length}"
         return without_useless(dataset, reason, dataset_name, Counter({too_long: before - len(dataset)}))
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if isinstance(dataset, IterableDataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)  # which says that a stream cannot be
+        return with_reference(self, dataset, name, batch_size)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -214,6 +232,8 @@ class _AnchoredTrainer(DPOTrainer):
     def _log_pairs(self, pairs: dict[str, Tensor]) -> None:
         metrics = pair_metrics(**{key: value for key, value in pairs.items() if key != "chosen_wins"})
         metrics["saturated"] = self._saturated(pairs)
+        if self._trees is not None and not self._trees.reason:
+            metrics["tokens_saved"] = torch.full_like(pairs["chosen_logratios"], self._trees.saved)
         self._log_means({f"apo/{name}": value for name, value in metrics.items()})
 
     def _log_means(self, values: dict[str, Tensor]) -> None:
@@ -337,6 +357,19 @@ def _anchored(cls: type) -> Any:
     """Make the class that `cls` becomes while registered: its own methods first, then ours, then the host's."""
     bases = (_AnchoredTrainer,) if cls is DPOTrainer else (cls, _AnchoredTrainer)
     return type(cls.__name__, bases, {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+@contextlib.contextmanager
+def _without_padding_free(config: Any) -> Iterator[None]:
+    """Hide `padding_free` from the host, which would warn that it cannot."""
+    wanted = config is not None and config.padding_free
+    if wanted:
+        config.padding_free = False
+    try:
+        yield
+    finally:
+        if wanted:
+            config.padding_free = True
 
 
 class _Recorder:

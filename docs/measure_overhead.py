@@ -41,6 +41,7 @@ def steps(trainer_class, config_class, options):
         tempfile.mkdtemp(), loss_type="apo_zero", max_steps=options.steps + 1, per_device_train_batch_size=4,
         use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
         logging_steps=1000, disable_tqdm=True, model_init_kwargs={"dtype": "bfloat16"},
+        padding_free=False,  # both with padding: what is measured is what we add
     )  # fmt: skip
     trainer_class(
         model=options.model or str(smollm2()),
