@@ -3,12 +3,23 @@
 import re
 from dataclasses import dataclass, field
 
+import transformers
+from packaging.version import Version
 from trl import DPOConfig
 
 from .inputs import InputError, nearest
 from .losses import LOSSES
 
-__all__ = ["HOST_LOSSES", "OUR_LOSSES", "SMOOTHED", "APOConfig", "check_config", "keeps_all", "loss_names"]
+__all__ = [
+    "HOST_LOSSES",
+    "OUR_LOSSES",
+    "SMOOTHED",
+    "APOConfig",
+    "check_config",
+    "groups_prompts",
+    "keeps_all",
+    "loss_names",
+]
 
 HOST_LOSSES: tuple[str, ...] = tuple(
     re.findall(r"'(\w+)'", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
@@ -32,6 +43,9 @@ class APOConfig(DPOConfig):
         padding_free (`bool`, *optional*, defaults to `True`):
             Compute each distinct token of a batch once: without padding, and every prefix that rows share a single
             time. Exact. A model that cannot be served so trains with padding, with a warning that says why.
+        group_by_prompt (`bool`, *optional*, defaults to `False`):
+            Let pairs of one prompt meet in one batch, where `padding_free` computes their prompt, and answers that
+            they share, once. Every batch is as large as before and every row comes once an epoch.
         keep_degenerate_pairs (`bool`, *optional*, defaults to `False`):
             Keep pairs that can teach nothing (chosen equals rejected, before or after truncation, or a completion is
             empty) instead of leaving them out with a warning that counts them.
@@ -55,6 +69,13 @@ class APOConfig(DPOConfig):
         metadata={
             "help": "Compute each distinct token of a batch once: without padding, and every prefix that rows share a "
             "single time. Exact; a model that cannot be served so trains with padding, with a warning that says why."
+        },
+    )
+    group_by_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Let pairs of one prompt meet in one batch, where padding_free computes their prompt, and answers "
+            "that they share, once. Every batch is as large as before and every row comes once an epoch."
         },
     )
     keep_degenerate_pairs: bool = field(
@@ -102,6 +123,23 @@ def check_config(config: DPOConfig) -> None:
                 f"use_weighting=True is not defined for loss_type '{name}'; set use_weighting=False or choose among "
                 f"{', '.join(HOST_LOSSES)}."
             )
+    if groups_prompts(config) and _other_order(config):
+        raise InputError(
+            f"group_by_prompt=True and {_other_order(config)} each want an order of their own; leave one of them out."
+        )
+
+
+def _other_order(config: DPOConfig) -> str:
+    """Name the setting of the host that decides the order of rows, or nothing where that is random."""
+    if Version(transformers.__version__) < Version("5"):  # goes when that is the floor
+        return "group_by_length=True" if config.group_by_length else ""
+    strategy = config.train_sampling_strategy
+    return "" if strategy == "random" else f"train_sampling_strategy='{strategy}'"
+
+
+def groups_prompts(config: DPOConfig | None) -> bool:
+    """Say whether the user asked for pairs of one prompt in one batch."""
+    return isinstance(config, APOConfig) and config.group_by_prompt
 
 
 def keeps_all(config: DPOConfig | None) -> bool:

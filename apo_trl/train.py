@@ -8,6 +8,7 @@ input ends in one sentence before anything is written.
 import contextlib
 import gzip
 import json
+import os
 import signal
 import sys
 import warnings
@@ -120,7 +121,17 @@ def one_message() -> Iterator[None]:
     except KeyboardInterrupt as error:
         if first_process():
             print(f"\nInterrupted.{error}", file=sys.stderr)
-        sys.exit(130)
+        _leave(130)
+
+
+def _leave(status: int) -> NoReturn:
+    """Exit; at once where processes exchange tensors, as the way out can wait for one of a process that has gone."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,7 +25,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from .config import OUR_LOSSES, SMOOTHED, APOConfig, check_config, keeps_all, loss_names
+from .config import OUR_LOSSES, SMOOTHED, APOConfig, check_config, groups_prompts, keeps_all, loss_names
 from .dataset import (
     CollatorWithWins,
     StreamFilter,
@@ -35,11 +35,12 @@ from .dataset import (
     screen_vision,
     without_useless,
 )
-from .inputs import split_conversation, useless
+from .inputs import InputError, split_conversation, useless
 from .losses import LOSSES, PER_TOKEN
 from .metrics import largest_slope, pair_metrics
 from .prefix_tree import plant
 from .reference import check_cache_dir, with_reference
+from .sampling import PromptGroupedSampler
 
 __all__ = ["APOTrainer", "register", "unregister"]
 
@@ -90,6 +91,10 @@ class _AnchoredTrainer(DPOTrainer):
                     f"label_smoothing={config.label_smoothing} has no effect on loss_type {', '.join(names)}: only "
                     f"{', '.join(sorted(SMOOTHED))} read it. Remove it."
                 )
+        if groups_prompts(config) and isinstance(given.arguments.get("train_dataset"), IterableDataset):
+            raise InputError(
+                "group_by_prompt=True cannot order a stream; set it to False, or load the dataset without streaming."
+            )
         needs_wins = "apo_blend" in names
         for key in ("train_dataset", "eval_dataset"):
             for name, dataset in named(given.arguments.get(key), key.removesuffix("_dataset")):
@@ -147,6 +152,14 @@ class _AnchoredTrainer(DPOTrainer):
         super()._set_signature_columns_if_needed()
         if "apo_blend" in loss_names(self.args) and "chosen_wins" not in self._signature_columns:
             self._signature_columns.append("chosen_wins")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not groups_prompts(self.args):
+            return super()._get_train_sampler(dataset)
+        column = "prompt_ids" if "prompt_ids" in dataset.column_names else "prompt"  # of images, TRL keeps the texts
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return PromptGroupedSampler(map(repr, dataset[column]), self.args.train_batch_size, seed)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as the host does, after checking the rows of a dataset that is given only now."""

@@ -16,6 +16,8 @@ METHODS = {
     "compute_ref_log_probs": ["self", "model", "inputs"],
     "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
     "_set_signature_columns_if_needed": ["self"],
+    "_precompute_ref_logps": ["self", "dataset", "name", "batch_size"],
+    "_get_train_sampler": ["self", "train_dataset"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
 }

@@ -235,7 +235,7 @@ def interrupt(command_line, started):
         while not started.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT if started.exists() else signal.SIGKILL)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=150)  # torch's launcher gives its processes a minute to end
     except (ProcessLookupError, subprocess.TimeoutExpired):
         process.kill()
         _, error = process.communicate()
