@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .data.cli import add as add_pairs
+from .judged_cli import add as add_judged
 from .train import one_message
 
 __all__ = ["main"]
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="what the script takes")
     _add_recipes(commands)
     add_pairs(commands)
+    add_judged(commands)
     merge = commands.add_parser("merge", help="merge an adapter into its base model")
     merge.add_argument("adapter", metavar="ADAPTER", help="the folder of a trained adapter")
     merge.add_argument(
@@ -56,6 +58,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     merge.add_argument("--dtype", help="float32, bfloat16 or float16 (default: that of the base model)")
     merge.add_argument("--base", help="the base model (default: the one that the adapter names)")
+    evaluate = commands.add_parser("evaluate", help="say what training did to each pair of a dataset")
+    evaluate.add_argument("--model", required=True, help="the trained model or adapter: a folder or hub name")
+    evaluate.add_argument("--reference", help="the model that it started from (default: an adapter's base)")
+    evaluate.add_argument("--dataset", required=True, help="pairs: a file, a folder or a hub name")
+    evaluate.add_argument("--split", help="(default: test where there is one, else train)")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N pairs")
+    evaluate.add_argument("--max_length", type=int, metavar="N", help="cut rows as in training (default: whole rows)")
+    evaluate.add_argument("--batch_size", type=int, default=8, metavar="N", help="pairs (default: %(default)s)")
+    evaluate.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    evaluate.add_argument("--dtype", help="float32, bfloat16, ... (default: float32 on a CPU, else the checkpoint's)")
+    evaluate.add_argument(
+        "--output", metavar="FILE", help="(default: evaluation.parquet in the model's folder, where it has one)"
+    )
+    report = commands.add_parser("report", help="a page with figures of a run, or of several side by side")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="the output folder of a training run")
+    report.add_argument("--output", default="report.html", metavar="FILE", help="(default: %(default)s)")
     bench = commands.add_parser("bench", help="time a step against stock TRL's, and compare the results")
     bench.add_argument("files", metavar="FILE", nargs="*", help="pairs of your own, as for `apo-trl pairs stats`")
     bench.add_argument("--model", help="a model whose shape is taken, with random weights (default: SmolLM2-135M)")
@@ -103,6 +121,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with one_message():
             folder = merge_adapter(options.adapter, options.output_dir, dtype=options.dtype, base=options.base)
             print(f"Merged into {folder}.")
+    elif options.command in ("anchor", "compare"):
+        from . import judged_cli
+
+        with one_message():
+            (judged_cli.run_anchor if options.command == "anchor" else judged_cli.run_compare)(options)
+    elif options.command == "evaluate":
+        with one_message():
+            _evaluate(options)
+    elif options.command == "report":
+        from .report import report as make_report
+
+        with one_message():
+            print(f"Look at {make_report(options.runs, options.output)}.")
     elif options.command == "bench":
         with one_message():
             _bench(options)
@@ -116,11 +147,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
+def _settings(options: argparse.Namespace, *left_out: str) -> dict[str, Any]:
+    return {key: value for key, value in vars(options).items() if key not in ("command", "version", *left_out)}
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from .evaluate import evaluate, summarise, table, write_rows
+
+    folder = Path(options.model) if Path(options.model).is_dir() else Path()
+    output = Path(options.output) if options.output else folder / "evaluation.parquet"
+    rows = evaluate(**_settings(options, "output"))
+    write_rows(rows, output)
+    print(table(summarise(rows)))
+    print(f"Each pair: {output}")
+
+
 def _bench(options: argparse.Namespace) -> None:
     from .bench import bench, table, write_json
 
-    settings = {key: value for key, value in vars(options).items() if key not in ("command", "version", "json")}
-    rows = bench(**settings)
+    rows = bench(**_settings(options, "json"))
     print(table(rows))
     if options.json:
         write_json(rows, options.json)

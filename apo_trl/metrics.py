@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["largest_slope", "pair_metrics"]
+__all__ = ["largest_slope", "pair_metrics", "regime"]
 
 # How far rewards (beta times log-ratio) are looked at for the largest slope of a loss: sigmoid(20) is 1 - 2e-9.
 _REACH = 20.0
@@ -39,6 +39,16 @@ def pair_metrics(
         "chosen_logratio_per_token": chosen_logratios / chosen_lengths.clamp(min=1),
         "rejected_logratio_per_token": rejected_logratios / rejected_lengths.clamp(min=1),
     }
+
+
+def regime(chosen_logratio: float, rejected_logratio: float) -> str:
+    """Name the one regime of a pair: "separated", "both_up" or "displaced", as `pair_metrics` tells them, or "other".
+
+    The last is a pair whose margin is wrong while its chosen answer is not up, or that has a side at the anchor.
+    """
+    if chosen_logratio > 0 and rejected_logratio != 0:
+        return "separated" if rejected_logratio < 0 else "both_up"
+    return "displaced" if rejected_logratio < chosen_logratio < 0 else "other"
 
 
 def largest_slope(slopes: Callable[[Tensor, Tensor], Tensor], *, beta: float) -> float:

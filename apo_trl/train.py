@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, NoReturn
 from .checkpoints import first_process, last_checkpoint, resume_from
 from .inputs import InputError, nearest
 from .recipes import accelerate_config, find_recipe, read_yaml
+from .run_record import write_run
 
-__all__ = ["Run", "launch", "load_splits", "main", "make_trainer", "one_message", "parse", "train"]
+__all__ = ["Run", "launch", "load_named", "load_splits", "main", "make_trainer", "one_message", "parse", "train"]
 
 
 class Run(NamedTuple):
@@ -96,12 +97,15 @@ def train(run: Run) -> None:
     if run.script.ignore_bias_buffers:
         masks = [name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"]
         trainer.model._ddp_params_and_buffers_to_ignore = masks
+    if trainer.accelerator.is_main_process:
+        write_run(run)
     try:
         trainer.train(resume_from_checkpoint=start)
     except KeyboardInterrupt as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torch's launcher sends a second one
         raise KeyboardInterrupt(_how_to_go_on(run.training.output_dir)) from error
     trainer.save_model(run.training.output_dir)
+    trainer.save_state()  # the logs, for `apo-trl report`
     trainer.accelerator.print(f"Saved to {run.training.output_dir}.")
     if run.training.push_to_hub:
         trainer.push_to_hub(dataset_name=run.script.dataset_name)
@@ -209,9 +213,12 @@ def _check_keys(arguments: Sequence[str], known: set[str]) -> None:
 def _check_model(run: Run) -> None:
     from transformers import AutoConfig
 
+    from .demo import local_model
+
     name = run.model.model_name_or_path
     if not name:
         raise InputError("model_name_or_path is missing; give a model folder or a hub name.")
+    name = run.model.model_name_or_path = local_model(name)
     try:
         AutoConfig.from_pretrained(
             name, revision=run.model.model_revision, trust_remote_code=run.training.trust_remote_code
@@ -225,28 +232,41 @@ def load_splits(run: Run) -> Any:
     """Load what `datasets` or `dataset_name` name, as a dictionary of splits."""
     from trl import get_dataset
 
-    from .dataset import builder_of, is_local, load_dataset
-
     name = run.script.dataset_name
     if not run.mixture.datasets and not name:
         raise InputError("dataset_name is missing; give a hub name, a folder, or a .jsonl, .json or .parquet file.")
-    if name and run.mixture.datasets:
+    if not run.mixture.datasets:
+        return load_named(name, config=run.script.dataset_config, streaming=run.script.dataset_streaming)
+    if name:
         warnings.warn(
             f"dataset_name={name} is not used, because `datasets` is given too. Remove one of them.", stacklevel=2
         )
-    if name and builder_of(name) and not run.mixture.datasets and not is_local(name):
-        raise InputError(f"dataset_name: there is no file {name}.")
+    with _one_sentence("datasets"):
+        return get_dataset(run.mixture)
+
+
+def load_named(name: str, *, config: str | None = None, streaming: bool = False, field: str = "dataset_name") -> Any:
+    """Load a dataset by name, a file or a folder among them, as a dictionary of splits; `field` is what named it."""
+    from .dataset import builder_of, is_local, load_dataset
+
+    if builder_of(name) and not is_local(name):
+        raise InputError(f"{field}: there is no file {name}.")
+    with _one_sentence(name):
+        return load_dataset(name, name=config, streaming=streaming)
+
+
+@contextlib.contextmanager
+def _one_sentence(name: str) -> Iterator[None]:
+    """Say in one sentence whatever a loader of `datasets` raises."""
     try:
-        if run.mixture.datasets:
-            return get_dataset(run.mixture)
-        return load_dataset(name, name=run.script.dataset_config, streaming=run.script.dataset_streaming)
-    except Exception as error:  # whatever a loader of `datasets` raises, said in one sentence
-        fault = _first_bad_line(Path(name)) if name and Path(name).is_file() else None
+        yield
+    except Exception as error:
+        fault = _first_bad_line(Path(name)) if Path(name).is_file() else None
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
         reason = fault or f"{type(root).__name__}: {root}".rstrip(": ")
-        raise InputError(f"The dataset '{name or 'datasets'}' cannot be loaded: {reason}.") from error
+        raise InputError(f"The dataset '{name}' cannot be loaded: {reason}.") from error
 
 
 def _first_bad_line(path: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..inputs import InputError
@@ -16,14 +16,18 @@ from .settings import Settings
 from .store import Store
 from .templates import load_template
 
-__all__ = ["End", "build", "check_templates", "each_row"]
+__all__ = ["End", "Make", "ask_all", "build", "check_templates", "each_row", "take_over_shards"]
+
+
+Make = Callable[[Asker, Settings, Record, dict[str, Any]], Awaitable[Any]]
+"""What a row is put through: gives its result, or raises Dropped; the last argument takes notes for the report."""
 
 
 class End(NamedTuple):
-    """How a row ended: its pair, or the reason for none."""
+    """How a row ended: its result, mostly a pair, or the reason for none."""
 
     record: Record
-    pair: Pair | None
+    result: Any
     reason: str = ""
     detail: str = ""
     notes: Mapping[str, Any] = {}
@@ -45,7 +49,7 @@ def build(settings: Settings) -> Result:
             progress.say(f"Took over {taken} replies from the shards.")
         if faults:
             progress.say(f"{sum(faults.values())} of {total} rows cannot be used: {next(iter(faults))}")
-        servers = asyncio.run(_ask_all(settings, source, store, progress))
+        servers = ask_all(settings, source, store, progress, make_pair, _row)
         return write(
             settings, store, stopped=servers.limits.stopped, broken=servers.limits.broken, servers=servers.notes
         )
@@ -85,13 +89,27 @@ def _count(source: Iterable[Record]) -> tuple[int, dict[str, int]]:
     return total, faults
 
 
-async def _ask_all(settings: Settings, source: Source, store: Store, progress: Progress) -> Servers:
+def ask_all(
+    settings: Settings,
+    records: Iterable[Record],
+    store: Store,
+    progress: Progress,
+    make: Make,
+    describe: Callable[[Settings, Record, Any], Any],
+) -> Servers:
+    """Put every record through `make`, note how it ended in the store, what `describe` says of its result as JSON."""
+    return asyncio.run(_ask_all(settings, records, store, progress, make, describe))
+
+
+async def _ask_all(
+    settings: Settings, records: Iterable[Record], store: Store, progress: Progress, make: Make, describe: Any
+) -> Servers:
     servers = Servers(settings, store, progress.say)
     store.begin()
 
     def end(ended: End) -> None:
-        record, pair = ended.record, ended.pair
-        row = json.dumps(_row(settings, record, pair)) if pair else ""
+        record = ended.record
+        row = "" if ended.result is None else json.dumps(describe(settings, record, ended.result))
         store.end_row(
             record.position, record.id, reason=ended.reason, detail=ended.detail, pair=row,
             notes=json.dumps(ended.notes),
@@ -100,16 +118,21 @@ async def _ask_all(settings: Settings, source: Source, store: Store, progress: P
 
     try:
         with progress.showing(servers.limits):
-            await each_row(settings, iter(source), store, servers.send, end)
+            await each_row(settings, iter(records), store, servers.send, end, make)
     finally:
         await servers.close()
     return servers
 
 
 async def each_row(
-    settings: Settings, records: Iterator[Record], store: Store, send: Send, end: Callable[[End], None]
+    settings: Settings,
+    records: Iterator[Record],
+    store: Store,
+    send: Send,
+    end: Callable[[End], None],
+    make: Make = make_pair,
 ) -> None:
-    """Put every record through the method and call `end` for it, as they finish."""
+    """Put every record through the method, or another `make`, and call `end` for it, as they finish."""
     asker = Asker(settings, store, send)
     # Rows wait at one role while others are at the next: twice what the servers take keeps them busy.
     servers = {role.base_url or role.model for role in settings.roles}
@@ -119,7 +142,7 @@ async def each_row(
         for record in records:
             notes: dict[str, Any] = {}
             try:
-                end(End(record, await make_pair(asker, settings, record, notes), notes=notes))
+                end(End(record, await make(asker, settings, record, notes), notes=notes))
             except Dropped as dropped:
                 end(End(record, None, dropped.reason, dropped.detail, notes))
             except Stopped as stopped:

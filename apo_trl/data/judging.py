@@ -16,7 +16,7 @@ from .settings import Settings
 from .templates import load_template
 from .verdicts import Verdict, parse_score, parse_verdict
 
-__all__ = ["Outcome", "Ranking", "rank", "settle"]
+__all__ = ["NO_WIN", "Outcome", "Ranking", "duel", "rank", "settle"]
 
 
 class Outcome(Enum):
@@ -63,6 +63,32 @@ async def rank(
     if settings.judge_protocol == "pairwise":
         return await _by_comparisons(asker, settings, record, answers, notes)
     return await _by_scores(asker, settings, record, answers, notes)
+
+
+NO_WIN = ("tie", "disagreement", "judge_invalid")
+"""What `duel` says beside "first" and "second"."""
+
+
+async def duel(
+    asker: Asker, settings: Settings, record: Record, first: Answer, second: Answer, notes: dict[str, Any]
+) -> str:
+    """Say which of two answers wins: "first", "second", or one of NO_WIN; the same text twice is a tie.
+
+    Raises Dropped where the judge could not be asked. `notes` goes on over several duels.
+    """
+    if first.text.strip() == second.text.strip():
+        return "tie"
+    judged: dict[str, Any] = {}
+    try:
+        ranking = await rank(asker, settings, record, [first, second], judged)
+    except Dropped as dropped:
+        if dropped.reason not in NO_WIN:
+            raise
+        return dropped.reason
+    finally:
+        for name, found in judged.items():
+            notes.setdefault(name, []).extend(found)
+    return "first" if ranking.best is first else "second"
 
 
 async def _by_comparisons(

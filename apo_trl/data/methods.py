@@ -14,7 +14,7 @@ from .records import Answer, Record
 from .settings import Role, Settings
 from .templates import load_template
 
-__all__ = ["Pair", "make_pair"]
+__all__ = ["Pair", "make_pair", "own_answers", "sample"]
 
 
 class Pair(NamedTuple):
@@ -37,20 +37,20 @@ async def make_pair(asker: Asker, settings: Settings, record: Record, notes: dic
 
 
 async def _clair(asker: Asker, settings: Settings, record: Record, notes: dict[str, Any]) -> Pair:
-    answer = (await _answers(asker, settings, record))[0]
+    answer = (await own_answers(asker, settings, record, settings.responses))[0]
     revision = await _revise(asker, settings, record, answer.text)
     return Pair(Answer(revision.text, settings.reviser.public_model), answer, revision.rationale)
 
 
 async def _judge(asker: Asker, settings: Settings, record: Record, notes: dict[str, Any]) -> Pair:
-    answers = await _answers(asker, settings, record)
+    answers = await own_answers(asker, settings, record, settings.responses)
     ranking = await rank(asker, settings, record, answers, notes)
     return Pair(ranking.best, ranking.worst, ranking.rationale, ranking.margin)
 
 
 async def _stronger(asker: Asker, settings: Settings, record: Record, notes: dict[str, Any]) -> Pair:
     role = settings.stronger
-    answer = (await _answers(asker, settings, record))[0]
+    answer = (await own_answers(asker, settings, record, settings.responses))[0]
     (reply,) = await asker.ask(role, "sample", _with_system(role, record), row=record.id)
     _need(role, reply)
     if reply.refused or is_refusal(reply.text):
@@ -74,9 +74,8 @@ _METHODS = {
 }
 
 
-async def _answers(asker: Asker, settings: Settings, record: Record) -> Sequence[Answer]:
-    """Give the answers that came with the row, or sample as many different ones as the method needs."""
-    wanted = settings.responses
+async def own_answers(asker: Asker, settings: Settings, record: Record, wanted: int) -> Sequence[Answer]:
+    """Give the answers that came with the row, or sample as many different ones as are wanted."""
     if record.answers:
         distinct = list({answer.text: answer for answer in record.answers}.values())
         if wanted > 1 and len(distinct) < 2:
@@ -85,7 +84,7 @@ async def _answers(asker: Asker, settings: Settings, record: Record) -> Sequence
     models = settings.policy
     shares = [range(at, wanted, len(models)) for at in range(len(models))]  # sample numbers, taken in turn
     sampled = await together(
-        *(_sample(asker, role, record, len(share)) for role, share in zip(models, shares, strict=True) if share)
+        *(sample(asker, role, record, len(share)) for role, share in zip(models, shares, strict=True) if share)
     )
     answers = [answer for of_one in sampled for answer in of_one]
     distinct = list({answer.text: answer for answer in answers}.values())[:wanted]
@@ -97,7 +96,7 @@ async def _answers(asker: Asker, settings: Settings, record: Record) -> Sequence
     return distinct
 
 
-async def _sample(asker: Asker, role: Role, record: Record, count: int) -> list[Answer]:
+async def sample(asker: Asker, role: Role, record: Record, count: int) -> list[Answer]:
     """Sample so many answers of one model; those that come out the same are asked for once more."""
     messages = _with_system(role, record)
     replies = await asker.ask(role, "sample", messages, row=record.id, samples=range(count))

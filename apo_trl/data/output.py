@@ -2,14 +2,14 @@
 
 import contextlib
 import json
-import os
 import re
 import urllib.parse
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from ..files import replacing
 from ..inputs import InputError, useless
 from .card import card
 from .overlap import EvalSets, prompt_text
@@ -19,7 +19,7 @@ from .stats import Statistics
 from .store import Store
 from .tokens import encode_pair, load_tokenizer
 
-__all__ = ["Result", "write"]
+__all__ = ["Result", "judged_summary", "write"]
 
 _FILES = ("pairs.jsonl", "pairs.parquet", "report.json", "README.md")
 _EXAMPLES = 3
@@ -52,7 +52,7 @@ def write(
     judged = _Judged()
     kept, example = 0, None
     with contextlib.ExitStack() as stack:  # all files are put in their places together, when all are whole
-        lines, parquet, reported, readme = (stack.enter_context(_replacing(folder / name)) for name in _FILES)
+        lines, parquet, reported, readme = (stack.enter_context(replacing(folder / name)) for name in _FILES)
         with _text_file(lines) as file:
             for name, reason, detail, text, notes in store.rows():
                 judged.add(json.loads(notes))
@@ -97,19 +97,6 @@ def write(
     return Result(folder, report, stopped, broken)
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a name beside a file's place, and put there what was written under it, or leave the old one."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        yield beside
-        os.replace(beside, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}); what was stored is safe.") from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def _text_file(path: Path) -> TextIO:
     # Half of a surrogate pair in a name or a tool call, which UTF-8 cannot hold, becomes "?".
     return path.open("w", encoding="utf-8", errors="replace", newline="\n")
@@ -148,6 +135,14 @@ def _lost_in_training(row: Mapping[str, Any], tokenizer: Any, max_length: int | 
     ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
     fault = useless({**row, **ids}, max_length=max_length)
     return ("identical_after_truncation", fault) if fault else ("", "")
+
+
+def judged_summary(notes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sum up what the judge did over rows, from their notes: empty where it did nothing."""
+    judged = _Judged()
+    for note in notes:
+        judged.add(note)
+    return judged.summary() if judged.seen else {}
 
 
 class _Judged:

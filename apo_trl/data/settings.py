@@ -48,11 +48,19 @@ def known_keys() -> dict[str, Any]:
     return keys
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add every key as a flag."""
+def add_arguments(parser: argparse.ArgumentParser, keys: Iterable[str] | None = None) -> None:
+    """Add every key as a flag, or only some."""
+    known = known_keys()
+    wanted = set(known if keys is None else keys)
     general = parser.add_argument_group("the run")
-    groups = {role: parser.add_argument_group(f"{role}: {text}") for role, text in ROLES.items()}
-    for key, entry in known_keys().items():
+    groups = {
+        role: parser.add_argument_group(f"{role}: {text}")
+        for role, text in ROLES.items()
+        if any(key.startswith(f"{role}_") for key in wanted - set(FIELDS))
+    }
+    for key, entry in known.items():
+        if key not in wanted:
+            continue
         role = key.split("_")[0] if key not in FIELDS else None
         shown = DEFAULTS[role].get(entry.name, entry.default) if role else entry.default
         default = f" (default: {shown})" if isinstance(shown, (int, float, str)) and shown not in ("", ()) else ""

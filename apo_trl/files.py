@@ -1,0 +1,27 @@
+"""Files that are whole or not there."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .inputs import InputError
+
+__all__ = ["replacing"]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name beside a file's place, and put there what was written under it, or leave the old one.
+
+    Raises InputError where the disk does not take it.
+    """
+    beside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        os.replace(beside, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}); what was there is safe.") from error
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,226 @@
+"""`apo-trl evaluate`: log-probs against raw logits, for whole models, adapters and merged ones; intervals; refusals."""
+
+import json
+import math
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from conftest import make_model, make_tokenizer, rows
+from test_cli import write
+
+from apo_trl import cli
+from apo_trl.evaluate import evaluate, summarise, table
+from apo_trl.inputs import InputError
+from apo_trl.intervals import mean_interval, probability_between, wilson
+from apo_trl.merge import merge
+from apo_trl.metrics import pair_metrics, regime
+
+TEXTS = [
+    {"prompt": "Two and two", "chosen": " are four", "rejected": " are five, I think"},
+    {"prompt": "Name a colour:", "chosen": " red", "rejected": " Tuesday"},
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write(tmp_path / "pairs.jsonl", rows(7))
+
+
+@pytest.fixture(scope="module")
+def other_dir(tmp_path_factory):
+    """Another tiny model with the same tokenizer."""
+    folder = tmp_path_factory.mktemp("other")
+    make_model(5).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(train, tmp_path):
+    from peft import LoraConfig
+
+    trainer = train(peft_config=LoraConfig(target_modules="all-linear", r=4), learning_rate=1e-2, steps=3)
+    trainer.save_model(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"
+
+
+def by_raw_logits(folder, row, side, adapter=None):
+    """The summed log-prob of a completion, by transformers alone: template, forward, log-softmax, no batch."""
+    tokenizer = make_tokenizer()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter))
+    if isinstance(row["prompt"], str):
+        start, whole = tokenizer(row["prompt"]).input_ids, tokenizer(row["prompt"] + row[side] + "<|end|>").input_ids
+    else:
+        start = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+        whole = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=True)["input_ids"]
+    with torch.no_grad():
+        logps = model.eval()(torch.tensor([whole])).logits[0].log_softmax(-1)
+    return sum(logps[at - 1, whole[at]].item() for at in range(len(start), len(whole)))
+
+
+@pytest.mark.parametrize("given", [rows(7), TEXTS], ids=["conversations", "texts"])
+def test_a_whole_model_agrees_with_raw_logits(given, model_dir, other_dir, tmp_path):
+    found = evaluate(str(other_dir), str(write(tmp_path / "x.jsonl", given)), reference=str(model_dir), batch_size=3)
+    assert len(found) == len(given)
+    for row, got in zip(given, found, strict=True):
+        for side in ("chosen", "rejected"):
+            policy, reference = (by_raw_logits(folder, row, side) for folder in (other_dir, model_dir))
+            assert got[f"{side}_logp"] == pytest.approx(policy, abs=1e-4)
+            assert got[f"ref_{side}_logp"] == pytest.approx(reference, abs=1e-4)
+            assert got[f"{side}_logratio"] == pytest.approx(policy - reference, abs=1e-4)
+            per_token = (policy - reference) / got[f"{side}_tokens"]
+            assert got[f"{side}_logratio_per_token"] == pytest.approx(per_token, abs=1e-5)
+        assert got["margin"] == got["chosen_logratio"] - got["rejected_logratio"]
+
+
+def test_an_adapter_is_held_to_its_base_and_a_merged_model_says_the_same(adapter, model_dir, data, tmp_path):
+    found = evaluate(str(adapter), str(data))
+    row = rows(7)[3]
+    policy = by_raw_logits(model_dir, row, "chosen", adapter)
+    reference = by_raw_logits(model_dir, row, "chosen")
+    assert abs(policy - reference) > 0.01
+    assert found[3]["chosen_logp"] == pytest.approx(policy, abs=1e-4)
+    assert found[3]["ref_chosen_logp"] == pytest.approx(reference, abs=1e-4)
+
+    merged = merge(str(adapter), str(tmp_path / "merged"))
+    again = evaluate(str(merged), str(data), reference=str(model_dir))
+    named = evaluate(str(adapter), str(data), reference=str(model_dir))
+    for one, two, three in zip(found, again, named, strict=True):
+        for side in ("chosen", "rejected"):
+            assert two[f"{side}_logratio"] == pytest.approx(one[f"{side}_logratio"], abs=1e-4)
+            assert three[f"{side}_logratio"] == pytest.approx(one[f"{side}_logratio"], abs=1e-4)
+
+
+def test_it_is_what_training_logs(train, model_dir, other_dir, data):
+    """The trainer's own evaluation of one batch: means over its pairs."""
+    from datasets import Dataset
+
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    trainer = train(
+        model=str(other_dir), ref_model=reference, eval_dataset=Dataset.from_list(rows(7)), run=False,
+        per_device_eval_batch_size=7,
+    )  # fmt: skip
+    logged = trainer.evaluate()
+    found = evaluate(str(other_dir), str(data), reference=str(model_dir))
+    for side in ("chosen", "rejected"):
+        mean = sum(row[f"{side}_logratio"] for row in found) / 7
+        assert trainer.beta * mean == pytest.approx(logged[f"eval_rewards/{side}"], abs=1e-4)
+    assert summarise(found)["shares"]["displaced"][0] == pytest.approx(logged["eval_apo/displaced"])
+
+
+def test_the_same_call_gives_the_same_numbers_and_batches_do_not_matter(other_dir, model_dir, data):
+    once, again = (evaluate(str(other_dir), str(data), reference=str(model_dir), batch_size=4) for _ in range(2))
+    assert once == again
+    alone = evaluate(str(other_dir), str(data), reference=str(model_dir), batch_size=1)
+    for one, two in zip(once, alone, strict=True):
+        assert one["id"] == two["id"]
+        assert one["chosen_logratio"] == pytest.approx(two["chosen_logratio"], abs=1e-4)
+
+
+def test_the_model_itself_is_at_the_anchor(model_dir, data):
+    for row in evaluate(str(model_dir), str(data), reference=str(model_dir)):
+        assert (row["chosen_logratio"], row["rejected_logratio"], row["regime"]) == (0, 0, "other")
+
+
+def test_rows_are_cut_as_in_training(model_dir, other_dir, tmp_path, data):
+    cut = evaluate(str(other_dir), str(data), reference=str(model_dir), max_length=20)
+    whole = evaluate(str(other_dir), str(data), reference=str(model_dir))
+    # The first prompt, <user>Add 0 and 1.<end><assistant>, has 15 tokens of a byte each.
+    assert (cut[0]["chosen_tokens"], whole[0]["chosen_tokens"]) == (5, len("It is 1") + 1)
+    assert [row["chosen_logp"] for row in cut] != [row["chosen_logp"] for row in whole]
+    with pytest.raises(InputError, match="max_length=3 is filled by every prompt alone"):
+        evaluate(str(other_dir), str(data), reference=str(model_dir), max_length=3)
+
+
+def test_the_command(adapter, data, capsys):
+    cli.main(["evaluate", "--model", str(adapter), "--dataset", str(data), "--limit", "5"])
+    out = capsys.readouterr().out
+    assert "5 pairs" in out
+    assert f"Each pair: {adapter / 'evaluation.parquet'}" in out
+    written = pq.read_table(adapter / "evaluation.parquet").to_pylist()
+    assert written == evaluate(str(adapter), str(data), limit=5)
+    assert written[0]["prompt"] == "Add 0 and 1."
+    assert written[0]["chosen"] == "It is 1"
+    assert written[0]["id"] == "row-1"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model", "MODEL", "--dataset", "DATA"], "is a whole model, so what it started from is not known; name"),
+        (["--model", "nowhere", "--reference", "MODEL", "--dataset", "DATA"], "--model nowhere cannot be loaded"),
+        (["--model", "MODEL", "--reference", "nowhere", "--dataset", "DATA"], "--reference nowhere cannot be loaded"),
+        (["--model", "MODEL", "--reference", "MODEL", "--dataset", "no.jsonl"], "--dataset: there is no file no.jsonl"),
+        (["--model", "MODEL", "--reference", "MODEL", "--dataset", "DATA", "--split", "dev"], "has no split 'dev'; it"),
+        (["--model", "MODEL", "--reference", "MODEL", "--dataset", "BAD"], "has no column 'rejected'"),
+        (["--model", "MODEL", "--reference", "SMALL", "--dataset", "DATA"], "SMALL knows 100 tokens"),
+    ],
+)
+def test_what_cannot_be_used_is_one_sentence(options, words, model_dir, data, tmp_path, capsys):
+    small = tmp_path / "SMALL"
+    make_model(vocab_size=100).save_pretrained(small)
+    make_tokenizer().save_pretrained(small)
+    bad = write(tmp_path / "bad.jsonl", [{"prompt": "x", "chosen": "y"}])
+    places = {"MODEL": str(model_dir), "DATA": str(data), "BAD": str(bad), "SMALL": str(small)}
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evaluate", *(places.get(option, option) for option in options)])
+    assert stop.value.code == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("error: ")
+    assert words.replace("SMALL", str(small)) in last
+
+
+def test_a_summary_worked_by_hand():
+    ratios = [(2.0, -1.0), (1.0, 0.5), (-1.0, -3.0), (-4.0, -5.0), (-2.0, 1.0)]
+    made = [
+        {"id": str(at), "chosen_logratio": c, "rejected_logratio": r, "margin": c - r, "regime": regime(c, r)}
+        for at, (c, r) in enumerate(ratios)
+    ]
+    summary = summarise(made)
+    assert [row["regime"] for row in made] == ["separated", "both_up", "displaced", "displaced", "other"]
+    assert {name: share[0] for name, share in summary["shares"].items()} == pytest.approx(
+        {"accuracy": 0.8, "chosen_up": 0.4, "rejected_down": 0.6, "separated": 0.2, "displaced": 0.4, "both_up": 0.2}
+    )
+    assert summary["means"]["chosen_logratio"][0] == pytest.approx(-0.8)
+    assert [row["id"] for row in summary["displaced"]] == ["3", "2"]
+    text = table(json.loads(json.dumps(summary)))
+    assert "displaced                 40%" in text
+    assert text.splitlines()[-2].split() == ["3", "chosen", "-4.00,", "rejected", "-5.00"]
+
+
+@pytest.mark.parametrize("chosen", [-1.0, 0.0, 1.0, 2.0])
+@pytest.mark.parametrize("rejected", [-2.0, -1.0, 0.0, 1.0])
+def test_the_one_regime_is_that_of_the_metrics(chosen, rejected):
+    one = torch.ones(1)
+    metrics = pair_metrics(one * chosen, one * rejected, chosen_lengths=one, rejected_lengths=one)
+    held = [name for name in ("separated", "displaced", "both_up") if metrics[name].item()]
+    assert [regime(chosen, rejected)] == (held or ["other"])
+
+
+class TestIntervals:
+    @pytest.mark.parametrize(
+        ("successes", "total", "low", "high"),
+        # Wilson 1927 as in Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
+        [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    )
+    def test_wilson(self, successes, total, low, high):
+        assert wilson(successes, total) == pytest.approx((successes / total, low, high), abs=5e-5)
+
+    def test_a_mean(self):
+        # 1, 2, 3: standard deviation 1, so 1.96 / sqrt(3) either way.
+        assert mean_interval([1, 2, 3]) == pytest.approx((2, 2 - 1.1316, 2 + 1.1316), abs=1e-4)
+        assert mean_interval([4.0]) == (4.0, -math.inf, math.inf)
+
+    def test_where_a_share_lies(self):
+        assert probability_between(0, 0, 0, 0.5) == pytest.approx(0.5, abs=1e-4)
+        # Beta(1/2, 1/2) is the arcsine law: below 1/4 lies 2/pi * asin(1/2) = 1/3.
+        assert probability_between(0, 0, 0, 0.25) == pytest.approx(1 / 3, abs=1e-4)
+        # Beta(3/2, 1/2): below x lies (2/pi) (asin(sqrt x) - sqrt(x (1 - x))), at 1/2 that is 1/2 - 1/pi.
+        assert probability_between(1, 0, 0, 0.5) == pytest.approx(0.5 - 1 / math.pi, abs=1e-4)
+        assert probability_between(900, 100, 0.85, 1) > 0.999
