@@ -5,7 +5,7 @@ READY := .venv/.ready
 # Tests and the demo need no hub; a hub that is asked for by mistake should fail at once and not after a timeout.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test lint types format upstream build bench figures clean
+.PHONY: help setup demo test lint types format upstream build bench evidence docs figures clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,8 +62,15 @@ build: $(READY)  ## wheel and sdist, the wheel installed into a clean venv and i
 bench: $(READY)  ## a step's time and memory against stock TRL's
 	$(BIN)/apo-trl bench
 
+evidence: $(READY)  ## the paper's claims on a small model: the runs that are not stored, then figures and tables
+	$(BIN)/python docs/evidence.py
+
+docs: $(READY)  ## the site, in docs/_build/html
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build/html
+	@echo "Look at docs/_build/html/index.html"
+
 figures: $(READY)  ## the figure in docs/losses.md
 	$(BIN)/python docs/draw_losses.py
 
 clean:  ## remove what the targets made, except the demo's model cache
-	rm -rf .venv .venv-* dist runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* dist runs docs/_build .pytest_cache .mypy_cache .ruff_cache

@@ -8,6 +8,7 @@ from typing import Any
 
 from .data.cli import add as add_pairs
 from .judged_cli import add as add_judged
+from .screen import quiet_host
 from .train import one_message
 
 __all__ = ["main"]
@@ -152,6 +153,7 @@ def _settings(options: argparse.Namespace, *left_out: str) -> dict[str, Any]:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    quiet_host()
     from .evaluate import evaluate, summarise, table, write_rows
 
     folder = Path(options.model) if Path(options.model).is_dir() else Path()
@@ -163,6 +165,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    quiet_host()
     from .bench import bench, table, write_json
 
     rows = bench(**_settings(options, "json"))

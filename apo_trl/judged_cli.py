@@ -10,6 +10,7 @@ from .data import check_installed
 from .data.settings import Settings, add_arguments, known_keys, make_settings
 from .data.values import read
 from .inputs import InputError
+from .screen import quiet_host
 
 __all__ = ["add", "run_anchor", "run_compare"]
 
@@ -88,6 +89,7 @@ def run_anchor(options: argparse.Namespace) -> None:
         report["why"] = "there is neither a --judge nor a --chosen_score with a --policy_score"
     outcomes, answers = report.pop("outcomes"), report.pop("answers")
     if not keys.get("policy_base_url") and not report["stopped"]:
+        quiet_host()
         report["likelihoods"] = likelihoods(options.policy, rows, places, answers)
     report["contrast"] = contrast(rows)
     _write(folder / "anchor.json", report)

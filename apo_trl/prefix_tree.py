@@ -218,8 +218,10 @@ def plant(model: Any) -> PrefixTrees:
 
         if not fused_lm_head or labels is None or trees.reason:
             return as_host()
-        if args or set(kwargs) - _PLAIN or kwargs.get("input_ids") is None:
-            trees.give_up(f"a batch has {', '.join(sorted(set(kwargs) - _PLAIN)) or 'no input_ids'}")
+        # PEFT's models name all that a causal language model can be given, most of it None.
+        other = {name for name, value in kwargs.items() if value is not None} - _PLAIN
+        if args or other or kwargs.get("input_ids") is None:
+            trees.give_up(f"a batch has {', '.join(sorted(other)) or 'no input_ids'}")
             return as_host()
         ids = kwargs["input_ids"]
         mask = kwargs.get("attention_mask")

@@ -35,6 +35,7 @@ class TestPairs:
             assert rejected.strip()
             assert chosen != rejected
             assert row["rationale"].strip()
+            assert 5 >= row["chosen_score"] > row["rejected_score"] >= 1
             assert row_fault(row) is None
             assert useless(row) is None
 

@@ -46,13 +46,14 @@ def workplace(tmp_path_factory, model_dir):
 
 @pytest.fixture(scope="module")
 def alone(workplace):
-    """The same run in this one process, by method."""
+    """The same run in this one process, by method, with padding, which the launched runs are without."""
     folder, given = workplace
 
     @functools.cache
     def run(method):
         output = folder / f"alone-{method}"
-        train_script.main([*given, *METHODS[method], "--per_device_train_batch_size", "4", "--output_dir", str(output)])
+        more = ["--per_device_train_batch_size", "4", "--output_dir", str(output), "--padding_free", "false"]
+        train_script.main([*given, *METHODS[method], *more])
         return output
 
     return run
@@ -93,6 +94,7 @@ def test_two_processes(workplace, alone, model_dir, hardware, method):
     close = 1e-5 if method != "qlora" else 5e-3  # bfloat16 adapters round what the processes add up
     for key in ("loss", "loss/apo_zero", "loss/apo_zero_norm", "rewards/margins", "apo/chosen_logratio_per_token"):
         assert [entry[key] for entry in got] == pytest.approx([entry[key] for entry in expected], abs=close, rel=close)
+    assert min(entry["apo/tokens_saved"] for entry in got) > 1.1
     # Every step is printed once, and not once a process.
     assert done.stdout.count("'apo/chosen_up'") == STEPS
 
@@ -129,4 +131,5 @@ def test_every_recipe_trains(workplace, model_dir, name, tmp_path, monkeypatch):
         done = command(BIN / "accelerate", "launch", "--config_file", CPU, "-m", "apo_trl.train", copy, *exchanged)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("'grad_norm'") == 2
+    assert done.stdout.count("'apo/tokens_saved'") == (0 if "unpaired" in name else 2)
     assert list((tmp_path / "out").glob("*.safetensors"))

@@ -284,14 +284,36 @@ class TestTraining:
         assert min(curve(on, "apo/tokens_saved")) > 1.2
         assert curve(off, "apo/tokens_saved") == []
 
-    def test_with_lora(self, train):
+    @pytest.mark.parametrize("bits", [None, 4], ids=["LoRA", "QLoRA"])
+    @pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+    def test_with_an_adapter(self, train, bits, task):
+        """With a task, as TRL's own configuration has it, PEFT's model names every argument, most of them None."""
         from peft import LoraConfig
 
-        on, off = (
-            train(padding_free=free, peft_config=LoraConfig(target_modules="all-linear"), steps=4)
-            for free in (True, False)
-        )
-        assert curve(on) == pytest.approx(curve(off), rel=1e-5)
+        settings = {"peft_config": LoraConfig(target_modules="all-linear", task_type=task), "steps": 4}
+        if bits:
+            pytest.importorskip("bitsandbytes")
+            settings["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+            )
+            settings["model_init_kwargs"] = {"dtype": "float32"}
+        on, off = (train(padding_free=free, **settings) for free in (True, False))
+        for key in ("loss", "grad_norm"):
+            assert curve(on, key) == pytest.approx(curve(off, key), rel=1e-4), key
+        assert min(curve(on, "apo/tokens_saved")) > 1.2
+
+    def test_in_bfloat16_by_autocast(self, train):
+        on, off = (train(padding_free=free, bf16=True, steps=3) for free in (True, False))
+        truth = train(padding_free=False, steps=3)
+        errors = [
+            sum(
+                abs(one - true)
+                for one, true in zip(curve(run, "rewards/margins"), curve(truth, "rewards/margins"), strict=True)
+            )
+            for run in (on, off)
+        ]
+        assert curve(on) == pytest.approx(curve(off), rel=1e-2)
+        assert errors[0] <= 2 * errors[1] + 1e-3
         assert min(curve(on, "apo/tokens_saved")) > 1.2
 
     def test_with_a_reference_of_its_own_and_evaluation(self, train, dataset):

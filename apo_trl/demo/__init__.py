@@ -1,18 +1,17 @@
 """The embedded run: APO-zero with LoRA on a real small model, its own answers revised, on a CPU, in minutes."""
 
 import json
-import logging
 import os
 import shutil
 import tempfile
 import time
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from ..inputs import InputError
+from ..screen import quiet_host
 
 __all__ = ["MODEL", "PAIRS", "local_model", "run_demo", "smollm2"]
 
@@ -78,12 +77,8 @@ def run_demo(output_dir: str, *, model: str | None = None, max_steps: int | None
     if find_spec("matplotlib") is None:
         raise InputError("The demo draws its report with matplotlib: run `pip install 'apo-trl[demo]'`.")
     started = time.monotonic()
-    # Keep the screen for what matters: a packaged model needs no hub, DeepSpeed need not look for a device nor
-    # bitsandbytes for kernels, and TRL's own defaults are deprecated in transformers.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1" if model is None else "0")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1" if model is None else "0")  # a packaged model needs no hub
+    quiet_host()
 
     from ..recipes import find_recipe
     from ..report import draw_report
