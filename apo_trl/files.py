@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .inputs import InputError
@@ -24,4 +24,5 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror or error}); what was there is safe.") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # a parent that is a file
+            beside.unlink(missing_ok=True)

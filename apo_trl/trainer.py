@@ -312,10 +312,10 @@ class APOTrainer(_AnchoredTrainer):
     the host's metrics it logs those of `apo_trl.metrics`. Bad settings and bad rows raise `InputError` before the model
     is loaded.
 
-    ```python
-    trainer = APOTrainer(model="Qwen/Qwen3-0.6B", args=APOConfig("out"), train_dataset=pairs)
-    trainer.train()
-    ```
+    Example::
+
+        trainer = APOTrainer(model="Qwen/Qwen3-0.6B", args=APOConfig("out"), train_dataset=pairs)
+        trainer.train()
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from .intervals import wilson
+from ..intervals import wilson
 
 if TYPE_CHECKING:
-    from .report import Panel, Run
+    from .figures import Panel
+    from .runs import Run
 
 __all__ = ["page"]
 
@@ -79,30 +80,36 @@ h1, h2, h3, h4 { line-height: 1.25; overflow-wrap: anywhere; }
 h1 { font-size: 1.75rem; margin: 0 0 .5rem; }
 h2 { font-size: 1.3rem; margin: 0 0 .5rem; }
 h3 { font-size: 1.05rem; margin: 0; }
-h4 { font-size: 1rem; margin: 0 0 .25rem; }
+article h3, h4 { font-size: 1rem; margin: 0 0 .25rem; }
 p { margin: 0 0 .75rem; max-width: 46rem; overflow-wrap: anywhere; }
 code { font-size: .92em; overflow-wrap: anywhere; }
-section { margin-top: 2.5rem; padding-top: 1.25rem; border-top: 1px solid #ccc; }
+code span { white-space: nowrap; }
+header p { max-width: none; }
+section { margin-top: 2rem; padding-top: 1.25rem; border-top: 1px solid #ccc; }
 a { color: #004c7f; }
 .quiet { color: #555; font-size: .9rem; }
 .missing { border-left: .25rem solid #999; padding: .1rem 0 .1rem .75rem; color: #333; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1.25rem; }
-figure { margin: 0; max-width: 42rem; min-width: 0; }
-figcaption { margin-bottom: .35rem; }
+.panels { row-gap: .35rem; }
+.panels > * { margin: 0 0 1rem; max-width: 42rem; min-width: 0; display: grid; grid-template-columns: minmax(0, 1fr);
+  grid-row: span 3; grid-template-rows: subgrid; align-content: start; }
 figcaption p { margin: 0; }
 img { display: block; width: 100%; height: auto; }
-table { border-collapse: collapse; width: 100%; margin: 0 0 1rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; margin: 0 0 1rem; table-layout: fixed;
+  font-variant-numeric: tabular-nums; }
+.one table { max-width: 46rem; }
 caption { text-align: left; font-weight: 600; padding-bottom: .4rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid #ddd;
   overflow-wrap: anywhere; }
-thead th { border-bottom: 2px solid #1c1c1c; }
-tbody th { font-weight: 400; color: #444; width: 15rem; }
-.compare { table-layout: fixed; }
+thead th, thead td { border-bottom: 2px solid #1c1c1c; }
+thead td { width: 16rem; }
+tbody th { font-weight: 400; color: #444; }
 .differs td { font-weight: 600; }
 .range { color: #555; font-size: .9em; white-space: nowrap; }
+article + h3, p:not(.lead) + h3 { margin-top: 1.75rem; }
 article { margin: 1rem 0 0; padding: .75rem 1rem; border: 1px solid #ccc; border-radius: .35rem; break-inside: avoid; }
 .sides { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 1rem; }
-.sides h5 { margin: 0; font-size: .85rem; color: #555; font-weight: 600; }
+.side { margin: 0; font-size: .85rem; color: #555; font-weight: 600; }
 .words { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .92rem; unicode-bidi: plaintext; }
 details { font-size: .9rem; }
 summary { cursor: pointer; color: #004c7f; }
@@ -120,17 +127,26 @@ summary { cursor: pointer; color: #004c7f; }
   .several tbody th { font-weight: 600; color: #1c1c1c; }
   .several td { display: grid; grid-template-columns: minmax(0, 9rem) minmax(0, 1fr); column-gap: .75rem; }
   .several td::before { content: attr(data-run); color: #555; }
-  tbody th { width: 9rem; }
+  thead td { width: 9rem; }
 }
+@page { margin: 14mm; }
+@page wide { size: landscape; margin: 9mm 14mm; }
 @media print {
-  @page { margin: 14mm; }
-  body { max-width: none; padding: 0; font-size: 10pt; }
+  html { font-size: 10pt; }
+  body { max-width: none; padding: 0; }
+  body.many { page: wide; }
   h2, h3, h4, figcaption, .lead { break-after: avoid; }
-  figure, img, tr, .missing { break-inside: avoid; }
-  .one figure { max-width: 13.5cm; }
+  .lead, .figure, figure, img, tr, .missing { break-inside: avoid; }
+  p { orphans: 3; widows: 3; }
+  p { max-width: none; }
+  .one .figure { display: grid; grid-template-columns: minmax(0, 1fr) 10cm; column-gap: 1cm; }
+  .one .figure > .panels, .one .figure > .missing { grid-column: 2; grid-row: 1 / span 3; }
   .several .panels { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  section { margin-top: 1.25rem; }
-  a { color: inherit; text-decoration: none; }
+  .many .panels { grid-template-columns: repeat(3, minmax(0, 1fr)); max-width: 24cm; }
+  .panels > * { margin-bottom: 0; }
+  section { margin-top: .75rem; padding-top: .6rem; }
+  thead td { width: 12rem; }
+  header a { display: none; }
   summary { list-style: none; color: #555; }
 }
 """
@@ -161,11 +177,11 @@ def page(runs: Sequence["Run"], figures: Mapping[str, Sequence["Panel"]]) -> str
 <title>Preference training: {_text(names, 200)}</title>
 <style>{_CSS}</style>
 </head>
-<body class="{"one" if len(runs) == 1 else "several"}">
+<body class="{"one" if len(runs) == 1 else "several" if len(runs) == 2 else "several many"}">
 <header>
-<h1>Preference training: <bdi>{_text(names, 400)}</bdi></h1>
+<h1>Preference training: {", ".join(f"{_name(run)}" for run in runs)}</h1>
 <p class="quiet">{what}, from logs and evaluations as they lie in the output folders. Made by apo-trl
-{_text(version("apo-trl"))}. <a href="#reading">How to read this</a></p>
+{_text(version("apo-trl"))}. <a href="#reading">How to read this page</a></p>
 </header>
 <main>
 {chr(10).join(parts)}
@@ -188,6 +204,15 @@ def _text(value: object, longest: int = _WHOLE) -> str:
     return html.escape(text)
 
 
+def _name(run: "Run") -> str:
+    return f"<bdi>{_text(_middle(run.name))}</bdi>"
+
+
+def _middle(name: str, longest: int = 120) -> str:
+    """Leave out the middle of a long name: names of runs often differ at their ends."""
+    return name if len(name) <= longest else f"{name[: longest // 2]}…{name[-longest // 2 :]}"
+
+
 def _number(value: float, form: str = ".3f") -> str:
     if math.isnan(value):
         return "not a number"
@@ -199,6 +224,8 @@ def _words(text: str) -> str:
     beginning = "\n".join(text[:_PREVIEW].split("\n")[:_LINES])
     if beginning == text:
         return f'<div class="words" dir="auto">{_text(text)}</div>'
+    if len(beginning) == _PREVIEW:
+        beginning = re.sub(r"\s+\S{0,20}$", "", beginning)  # not within a word
     cut = "" if len(text) <= _WHOLE else f" The first {_WHOLE:,} are here."
     return (
         f'<div class="words" dir="auto">{_text(beginning)}…</div>'
@@ -208,8 +235,9 @@ def _words(text: str) -> str:
 
 
 def _with_code(text: str) -> str:
-    """Mark as code what stands between backquotes in words of ours."""
-    return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text))
+    """Mark as code what stands between backquotes in words of ours, and keep options whole at the end of a line."""
+    text = re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text))
+    return re.sub(r"(?<![\w-])(--?\w[\w-]*)(?=[^<]*</code>)", r"<span>\1</span>", text)
 
 
 # Tables.
@@ -218,10 +246,12 @@ def _with_code(text: str) -> str:
 def _table(caption: str, runs: Sequence["Run"], rows: Mapping[str, Sequence[str]], *, mark: bool = False) -> str:
     """Lay rows of cells, one for each run and HTML already, out under the names of the runs, four to a table."""
     tables = []
-    for first in range(0, len(runs), _SIDE_BY_SIDE):
-        shown = slice(first, first + _SIDE_BY_SIDE)
-        names = [_text(run.name, 120) for run in runs[shown]]
-        head = "".join(f'<th scope="col" role="columnheader"><bdi>{name}</bdi></th>' for name in names)
+    title = f"<caption>{caption}</caption>" if caption else ""
+    number = math.ceil(len(runs) / math.ceil(len(runs) / _SIDE_BY_SIDE))
+    for first in range(0, len(runs), number):
+        shown = slice(first, first + number)
+        head = "".join(f'<th scope="col" role="columnheader">{_name(run)}</th>' for run in runs[shown])
+        names = [_text(_middle(run.name, 60)) for run in runs[shown]]
         body = ""
         for label, cells in rows.items():
             differs = ' class="differs"' if mark and len(set(cells)) > 1 else ""
@@ -231,7 +261,7 @@ def _table(caption: str, runs: Sequence["Run"], rows: Mapping[str, Sequence[str]
             body += "</tr>\n"
         # The roles keep it a table for a screen reader where a narrow screen has its rows as blocks.
         tables.append(
-            f'<table class="compare" role="table"><caption>{caption}</caption>\n<thead role="rowgroup"><tr role="row">'
+            f'<table role="table">{title}\n<thead role="rowgroup"><tr role="row">'
             f'<td role="cell"></td>{head}</tr></thead>\n<tbody role="rowgroup">\n{body}</tbody></table>'
         )
     return "\n".join(tables)
@@ -247,10 +277,10 @@ def _comparison(runs: Sequence["Run"]) -> str:
     }
     held_out = dict.fromkeys(item for run in runs for item in run.held_out.items()) or {("eval_", "held out"): None}
     for prefix, name in held_out:
-        label = _text(name.capitalize() if name == "held out" else f"Held out{name.removeprefix('held out')}", 100)
-        rows[f"{label}, reward of chosen"] = [_last(run, f"{prefix}rewards/chosen", "+.3f") for run in runs]
-        rows[f"{label}, reward of rejected"] = [_last(run, f"{prefix}rewards/rejected", "+.3f") for run in runs]
-        rows[f"{label}, accuracy"] = [_last(run, f"{prefix}rewards/accuracies", ".1%") for run in runs]
+        of = _text(name.removeprefix("held out"), 100)
+        rows[f"Held-out reward of chosen{of}"] = [_last(run, f"{prefix}rewards/chosen", "+.3f") for run in runs]
+        rows[f"Held-out reward of rejected{of}"] = [_last(run, f"{prefix}rewards/rejected", "+.3f") for run in runs]
+        rows[f"Held-out accuracy{of}"] = [_last(run, f"{prefix}rewards/accuracies", ".1%") for run in runs]
     rows["Separated pairs"] = [_share(run, "separated") for run in runs]
     rows["Displaced pairs"] = [_share(run, "displaced") for run in runs]
     notes = [
@@ -262,14 +292,13 @@ def _comparison(runs: Sequence["Run"]) -> str:
     if len(sets) > 1:
         notes.append("The runs were evaluated on different pairs, so their shares cannot be compared.")
     notes += [
-        f"The log of <bdi>{_text(run.name, 120)}</bdi> is that of {_text(run.source.parent.name)}; its folder has none"
-        " of a finished training."
+        f"The log of {_name(run)} is that of {_text(run.source.parent.name)}: its folder has none"
+        " of a training that ended."
         for run in runs
         if run.source.parent != run.folder
     ]
     told = "".join(f'<p class="quiet">{note}</p>\n' for note in notes)
-    title = "The run" if len(runs) == 1 else "The runs"
-    return f"<section><h2>{title}</h2>\n{_table('Results', runs, rows)}\n{told}</section>"
+    return f"<section><h2>Results</h2>\n{_table('', runs, rows)}\n{told}</section>"
 
 
 def _loss(run: "Run") -> str:
@@ -277,7 +306,8 @@ def _loss(run: "Run") -> str:
     if not isinstance(names, list) or len(names) < 2:
         return _setting(run, "loss_type")
     weights = weights if isinstance(weights, list) and len(weights) == len(names) else [1] * len(names)
-    return " + ".join(f"{_text(weight, 20)} {_text(name, 60)}" for weight, name in zip(weights, names, strict=True))
+    terms = zip(weights, names, strict=True)
+    return " + ".join(f"<bdi>{_text(weight, 20)} {_text(name, 60)}</bdi>" for weight, name in terms)
 
 
 def _value(run: "Run", key: str) -> Any:
@@ -311,7 +341,11 @@ def _steps(run: "Run") -> str:
 
 def _last(run: "Run", key: str, form: str = ".4f") -> str:
     points = run.log.get(key)
-    return _number(points[max(points)], form) if points else "not logged"
+    if not points:
+        return "not logged"
+    end, last = max(step for each in run.log.values() for step in each), max(points)
+    early = f' <span class="range">at step {last:,}</span>' if last < end else ""
+    return _number(points[last], form) + early
 
 
 def _share(run: "Run", regime: str) -> str:
@@ -329,7 +363,7 @@ def _settings(runs: Sequence["Run"]) -> str:
     records = [run.record for run in runs]
     known = [(run, record) for run, record in zip(runs, records, strict=True) if record is not None]
     told = "".join(
-        f'<p class="missing">The settings of <bdi>{_text(run.name, 120)}</bdi> are not known: its folder has no'
+        f'<p class="missing">The settings of {_name(run)} are not known: its folder has no'
         " run.json, which <code>apo-trl train</code> writes.</p>\n"
         for run in runs
         if run.record is None
@@ -337,11 +371,12 @@ def _settings(runs: Sequence["Run"]) -> str:
     if known:
         shown = [run for run, _ in known]
         settings = {key: [_cell(record.get(key)) for _, record in known] for key in ("model", "dataset")}
-        for key in sorted({key for _, record in known for key in record.get("settings", {})}):
+        keys = {key for _, record in known for key in record.get("settings", {})}
+        for key in sorted(keys - {"model_name_or_path", "dataset_name"}):  # which are those two again
             cells = [_cell(record.get("settings", {}).get(key), "default") for _, record in known]
             settings[_text(key, 120)] = cells
         versions = {
-            _text(key, 120): [_cell(record.get("versions", {}).get(key), "not there") for _, record in known]
+            _text(key, 120): [_cell(record.get("versions", {}).get(key), "not installed") for _, record in known]
             for key in sorted({key for _, record in known for key in record.get("versions", {})})
         }
         bold = " What differs between the runs is bold." if len(known) > 1 else ""
@@ -354,6 +389,8 @@ def _settings(runs: Sequence["Run"]) -> str:
 def _cell(value: object, absent: str = "not known") -> str:
     if value is None:
         return absent
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        value = ", ".join(value)
     text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     return _text(text) if len(text) <= 160 else _words(text)
 
@@ -374,11 +411,11 @@ def _figure(kind: str, panels: Sequence["Panel"]) -> str:
 
 
 def _panel(panel: "Panel", several: bool) -> str:
-    heading = f"<h3><bdi>{_text(panel.run, 120)}</bdi></h3>" if several else ""
+    heading = f"<h3><bdi>{_text(_middle(panel.run))}</bdi></h3>" if several else ""
     heading += f"<p>{_text(panel.heading, 120)}</p>" if panel.heading else ""
     note = f'<p class="quiet">{_with_code(panel.note)}</p>' if panel.note else ""
     if not panel.picture:
-        return f'<div>{heading}<p class="missing">{_with_code(panel.text)}</p>{note}</div>\n'
+        return f'<div><div>{heading}</div><p class="missing">{_with_code(panel.text)}</p>{note}</div>\n'
     source = base64.b64encode(panel.picture).decode("ascii")
     caption = f"<figcaption>{heading}</figcaption>" if heading else ""
     image = f'<img src="data:image/png;base64,{source}" alt="{_text(panel.text, 1500)}">'
@@ -389,7 +426,7 @@ def _displaced(runs: Sequence["Run"]) -> str:
     told = "".join(_displaced_of(run, len(runs) > 1) for run in runs if run.pairs is not None)
     without = [run for run in runs if run.pairs is None]
     if without:
-        names = ", ".join(f"<bdi>{_text(run.name, 120)}</bdi>" for run in without)
+        names = ", ".join(f"{_name(run)}" for run in without)
         told += f'<p class="missing">Not evaluated pair by pair: {names}.</p>'
     return (
         f'<section><h2>Pairs displaced most</h2>\n<p class="lead">Their margin is right, and still the chosen answer'
@@ -401,13 +438,13 @@ def _displaced(runs: Sequence["Run"]) -> str:
 def _displaced_of(run: "Run", several: bool) -> str:
     pairs = [pair for pair in run.pairs or () if pair["regime"] == "displaced"]
     worst = sorted(pairs, key=lambda pair: (math.isnan(pair["chosen_logratio"]), pair["chosen_logratio"]))[:_DISPLACED]
-    heading = f"<h3><bdi>{_text(run.name, 120)}</bdi></h3>\n" if several else ""
+    heading = f"<h3>{_name(run)}</h3>\n" if several else ""
     if not worst:
         return f"{heading}<p>No pair was displaced.</p>\n"
-    return heading + "".join(_articles(worst))
+    return heading + "".join(_articles(worst, "h4" if several else "h3"))
 
 
-def _articles(pairs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _articles(pairs: Sequence[Mapping[str, Any]], level: str) -> Iterator[str]:
     for number, pair in enumerate(pairs, start=1):
         moved = "; ".join(
             f"{side} {_number(pair[f'{side}_logratio'], '+.2f')} nats"
@@ -415,9 +452,10 @@ def _articles(pairs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             for side in ("chosen", "rejected")
         )
         sides = "".join(
-            f"<div><h5>{side.capitalize()}</h5>{_words(pair[side])}</div>" for side in ("prompt", "chosen", "rejected")
+            f'<div><p class="side">{side.capitalize()}</p>{_words(pair[side])}</div>'
+            for side in ("prompt", "chosen", "rejected")
         )
         yield (
-            f'<article><h4>{number}. <bdi>{_text(pair["id"], 120)}</bdi></h4>\n<p class="quiet">{moved}</p>\n'
+            f'<article><{level}>{number}. <bdi>{_text(pair["id"], 120)}</bdi></{level}>\n<p class="quiet">{moved}</p>\n'
             f'<div class="sides">{sides}</div></article>\n'
         )
