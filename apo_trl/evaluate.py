@@ -64,7 +64,7 @@ def evaluate(
         dtype: Default: "float32" on a CPU, else the checkpoint's own.
 
     Returns:
-        For each pair, in the dataset's order: `id`; `chosen_logratio` and `rejected_logratio`, log pi/ref summed over
+        For each pair, in the dataset's order, `id`; `chosen_logratio` and `rejected_logratio`, log pi/ref summed over
         the completion, in nats; the same `_per_token`; `margin`, their difference; `regime`, as `metrics.regime` names
         it; `chosen_logp` and `rejected_logp` of the policy, `ref_chosen_logp` and `ref_rejected_logp`; `chosen_tokens`
         and `rejected_tokens`, as many as were scored; and the texts `prompt`, `chosen` and `rejected`. Pairs that

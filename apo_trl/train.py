@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str], *, unpaired: bool = False) -> tuple[Run, lis
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
-            raise InputError(f"{message[0].upper()}{message[1:]}.")
+            raise InputError(f"{message[0].upper()}{message[1:].rstrip('.')}.")
 
     dataclasses = (ScriptArguments, KTOConfig if unpaired else APOConfig, ModelConfig, DatasetMixtureConfig)
     parser = Parser(dataclasses, prog="python -m apo_trl.train", allow_abbrev=False)

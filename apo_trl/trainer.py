@@ -314,7 +314,7 @@ class APOTrainer(_AnchoredTrainer):
 
     Example::
 
-        trainer = APOTrainer(model="Qwen/Qwen3-0.6B", args=APOConfig("out"), train_dataset=pairs)
+        trainer = APOTrainer("Qwen/Qwen3-0.6B", args=APOConfig("out"), train_dataset=pairs)
         trainer.train()
     """
 

@@ -160,6 +160,10 @@ def test_the_command(adapter, data, capsys):
         (["--model", "MODEL", "--reference", "MODEL", "--dataset", "DATA", "--split", "dev"], "has no split 'dev'; it"),
         (["--model", "MODEL", "--reference", "MODEL", "--dataset", "BAD"], "has no column 'rejected'"),
         (["--model", "MODEL", "--reference", "SMALL", "--dataset", "DATA"], "SMALL knows 100 tokens"),
+        (
+            ["--model", "MODEL", "--reference", "MODEL", "--dataset", "DATA", "--output", "BENEATH"],
+            "evaluation.parquet cannot be written",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence(options, words, model_dir, data, tmp_path, capsys):
@@ -167,7 +171,13 @@ def test_what_cannot_be_used_is_one_sentence(options, words, model_dir, data, tm
     make_model(vocab_size=100).save_pretrained(small)
     make_tokenizer().save_pretrained(small)
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "x", "chosen": "y"}])
-    places = {"MODEL": str(model_dir), "DATA": str(data), "BAD": str(bad), "SMALL": str(small)}
+    places = {
+        "BENEATH": f"{data}/evaluation.parquet",
+        "MODEL": str(model_dir),
+        "DATA": str(data),
+        "BAD": str(bad),
+        "SMALL": str(small),
+    }
     with pytest.raises(SystemExit) as stop:
         cli.main(["evaluate", *(places.get(option, option) for option in options)])
     assert stop.value.code == 2

@@ -25,7 +25,7 @@ def report(runs: Sequence[str], output: str) -> Path:
     """Make one HTML page of the output folders of training runs, side by side where there are several.
 
     The page holds its figures itself and asks no other host for anything. The figures are also written as PNG into a
-    folder beside it, `<stem>figures`, from which those of an earlier report are removed. Gives the page's path.
+    folder beside it, `<stem>_figures`, from which those of an earlier report are removed. Gives the page's path.
 
     Raises:
         InputError: A folder has no log that can be read, another file in it is damaged, a run is given twice, the
