@@ -15,6 +15,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import tqdm
 from datasets import Dataset, IterableDataset
 
+from .data.reading import folder_files
 from .inputs import InputError, check_rows, row_fault, useless
 from .recipes import packaged
 
@@ -55,6 +56,11 @@ def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
     if (builder := builder_of(path)) and Path(path).is_file():
         kwargs.pop("name", None)
         return _load_dataset(builder, data_files=path, **kwargs)
+    if Path(path).is_dir() and not kwargs.get("data_files") and len(args) < 2:
+        folder, files = folder_files(path, args[0] if args else kwargs.get("name"))
+        if files:
+            kwargs.pop("name", None)
+            return _load_dataset(folder, data_files=files, **kwargs)
     return _load_dataset(path, *args, **kwargs)
 
 

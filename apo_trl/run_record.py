@@ -13,6 +13,7 @@ __all__ = ["write_run"]
 
 _PACKAGES = ("apo-trl", "trl", "transformers", "torch", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes")
 _SECRET = ("token", "api_key")
+_PLAIN = (str, int, float, list, dict, type(None))  # and no object that the host made of a setting
 
 
 def write_run(run: Any) -> Path:
@@ -25,7 +26,7 @@ def write_run(run: Any) -> Path:
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
             secret = any(word in field.name for word in _SECRET) and isinstance(value, str)
-            if value != _default(field) and not secret:
+            if value != _default(field) and not secret and isinstance(value, _PLAIN):
                 settings[field.name] = value
     path = Path(run.training.output_dir) / "run.json"
     record = {

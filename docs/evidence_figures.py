@@ -88,7 +88,10 @@ def over_seeds(results: list[dict], data: str, loss: str, kind: str | None = Non
 def _cell(values: list[float], share: bool = False) -> str:
     low, high = min(values), max(values)
     mean = statistics.fmean(values)
-    return f"{mean:.0%} ({low:.0%} to {high:.0%})" if share else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+    if share:
+        mean, low, high = (f"{100 * value + 1e-9:.0f} %" for value in (mean, low, high))
+        return f"{mean} ({low} to {high})"
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -110,7 +113,7 @@ def tables(results: list[dict]) -> dict[str, str]:
         for r in RATES:
             found = [of_sweep(loss, r, b) for loss in LOSSES]
             mark = " (taken)" if (r, b) == (rate, beta) else ""
-            cells = [f"{one['accuracy']:.0%}, {one['chosen']:+.1f}, {one['rejected']:+.1f}" for one in found]
+            cells = [f"{one['accuracy']:.1%}, {one['chosen']:+.1f}, {one['rejected']:+.1f}" for one in found]
             mean = statistics.fmean(one["accuracy"] for one in found)
             sweep.append([f"{b:g}, {r:.0e}{mark}", *cells, f"{mean:.1%}"])
     whole = ["chosen", "rejected", "chosen_up", "rejected_down", "displaced", "accuracy"]

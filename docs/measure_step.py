@@ -19,7 +19,7 @@ from apo_trl.screen import quiet_host
 
 # What torch's profiler calls them: TRL's head is one autograd function, attention one operator on each way.
 PARTS = {
-    "the head": ("_ChunkedLogProbFunction", "_ChunkedLogProbFunctionBackward"),
+    "the head": ("ChunkedLogProbFunction", "ChunkedLogProbFunctionBackward"),
     "attention": ("aten::scaled_dot_product_attention", "ScaledDotProductFlashAttentionForCpuBackward0"),
     "other matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
 }
@@ -63,7 +63,7 @@ def _within(event, names):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--growth_layers", type=int, default=4)
+    parser.add_argument("--growth_layers", type=int, default=4, help="0: the profile alone")
     options = parser.parse_args()
     quiet_host()
 
@@ -84,6 +84,8 @@ def main() -> None:
     print(f"| a step | 100% | {shorter / whole:.0%} |")
     print(f"Making the layout of that batch: {1000 * layout:.1f} ms, {layout / shorter:.2%} of our step.\n")
 
+    if not options.growth_layers:
+        return
     network, _ = bench._network(None, options.growth_layers, "cpu", "float32", False)
     fused = network.forward
     plant(network)

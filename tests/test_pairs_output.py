@@ -291,12 +291,15 @@ def test_ids_and_settings_cannot_break_the_card(finish):
         rows + prompts, policy_system_prompt="---\nconfigs: []\n---\n# Title `x`", policy_extra_body={"a": "```\n#"}
     )
     text = (result.folder / "README.md").read_text(encoding="utf-8")
-    assert set(front_matter(result.folder)) == {"configs", "tags"}
+    assert set(front_matter(result.folder)) == {"configs", "dataset_info", "tags"}
+    (split,) = front_matter(result.folder)["dataset_info"][0]["splits"]
+    assert split["num_examples"] == len(odd)
+    assert split["num_bytes"] == (result.folder / "pairs.parquet").stat().st_size
     headings = [line for line in text.splitlines() if line.startswith("#")]
     assert len(headings) == 5, headings
     examples = {"refused": [{"id": name, "detail": ""} for name in odd]}
     report = result.report | {"dropped": {"refused": 8}, "examples": examples}
-    (line,) = [line for line in card(report, None).split("\n") if line.startswith("| refused")]
+    (line,) = [line for line in card(report, None, 0).split("\n") if line.startswith("| refused")]
     assert line.replace("\\|", "").count("|") == 5
     assert line.replace("\\|", "").count("`") == 2 * len(odd)
 
@@ -461,3 +464,20 @@ def test_memory_does_not_grow_with_the_pairs(tmp_path):
     print(peaks)
     # Nine numbers are kept of each pair: 7 MB for 95,000 more, and a copy of them for the quantiles.
     assert peaks[1][1] - peaks[0][1] < 60, peaks
+
+
+def test_a_folder_that_was_written_anew_is_read_anew(finish, tmp_path, monkeypatch):
+    """`datasets` keeps what it made of a folder with a card, and knows nothing of files that have changed since."""
+    from apo_trl.data.reading import read_rows
+    from apo_trl.dataset import load_dataset
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: rows.jsonl}\n---\n"
+    (folder / "README.md").write_text(card)
+    for count in (3, 5):
+        (folder / "rows.jsonl").write_text("".join(json.dumps({"a": at}) + "\n" for at in range(count)))
+        assert len(load_dataset(str(folder))["train"]) == count
+        assert len(load_dataset(str(folder), "default", split="train")) == count
+        assert len(list(read_rows(str(folder)))) == count

@@ -50,6 +50,12 @@ configs:
   data_files:
   - split: train
     path: pairs.parquet
+dataset_info:
+- config_name: default
+  splits:
+  - name: train
+    num_bytes: {size}
+    num_examples: {pairs}
 tags:
 - preference
 - trl
@@ -83,8 +89,8 @@ Token Jaccard and Levenshtein distance are the measures of the APO paper (arXiv 
 {overlap}{example}"""
 
 
-def card(report: Mapping[str, Any], example: Mapping[str, Any] | None) -> str:
-    """Write the card of a report, with one pair as an example."""
+def card(report: Mapping[str, Any], example: Mapping[str, Any] | None, size: int) -> str:
+    """Write the card of a report, with one pair as an example; `size` are the bytes of the Parquet file."""
     settings = "\n".join(
         f"- `{key}`: {json.dumps(value, ensure_ascii=False)}" for key, value in report["settings"].items()
     )
@@ -92,6 +98,8 @@ def card(report: Mapping[str, Any], example: Mapping[str, Any] | None) -> str:
     return _CARD.format(
         method=report["method"],
         kept=report["kept"],
+        pairs=report["kept"],  # without commas
+        size=size,
         what=METHODS[report["method"]],
         complete=complete,
         settings=settings,

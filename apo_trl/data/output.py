@@ -93,7 +93,7 @@ def write(
             json.dump(report, file, ensure_ascii=False, indent=2)
             file.write("\n")
         with _text_file(readme) as file:
-            file.write(card(report, example))
+            file.write(card(report, example, parquet.stat().st_size))
     return Result(folder, report, stopped, broken)
 
 

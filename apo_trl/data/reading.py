@@ -7,7 +7,7 @@ from typing import Any
 
 from ..inputs import InputError, row_fault, split_conversation
 
-__all__ = ["explicit", "read_pairs", "read_rows", "shared_start"]
+__all__ = ["explicit", "folder_files", "read_pairs", "read_rows", "shared_start"]
 
 
 def shared_start(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -114,4 +114,19 @@ def _elements(file: Any, text: str) -> Iterator[Any]:
 def _loaded(path: str, split: str) -> Iterator[Any]:
     import datasets
 
-    yield from datasets.load_dataset(path, split=split, streaming=True)
+    builder, files = folder_files(path) if Path(path).is_dir() else (path, None)
+    yield from datasets.load_dataset(builder, data_files=files, split=split, streaming=True)
+
+
+def folder_files(path: str, name: str | None = None) -> tuple[str, dict[str, list[str]] | None]:
+    """Give the builder of `datasets` for a folder, and the files of each split as the folder's card names them.
+
+    To be loaded by these: under the folder's name `datasets` (5.2.0) keeps what it once made of a folder with a card,
+    and gives that again when its files have been written anew. What is neither JSON nor Parquet stays the folder.
+    """
+    import datasets
+
+    builder = datasets.load_dataset_builder(path, name)
+    if builder.name not in ("json", "parquet") or not builder.config.data_files:
+        return path, None
+    return builder.name, {str(split): list(map(str, files)) for split, files in builder.config.data_files.items()}
