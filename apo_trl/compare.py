@@ -19,7 +19,7 @@ from .data.progress import Progress
 from .data.records import Record, Source
 from .data.settings import Settings
 from .data.store import Store
-from .files import replacing
+from .files import write_json
 from .inputs import InputError
 from .intervals import Interval, wilson
 
@@ -55,8 +55,7 @@ def compare(settings: Settings) -> dict[str, Any]:
         "settings": settings.described(),
         "rows": rows,
     }
-    with replacing(settings.folder / "compare.json") as beside:
-        beside.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", errors="replace")
+    write_json(settings.folder / "compare.json", report)
     return report
 
 

@@ -1,13 +1,15 @@
 """Files that are whole or not there."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .inputs import InputError
 
-__all__ = ["replacing"]
+__all__ = ["replacing", "write_json"]
 
 
 @contextmanager
@@ -26,3 +28,9 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # a parent that is a file
             beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a report as indented JSON; half of a surrogate pair, which UTF-8 cannot hold, becomes "?"."""
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", errors="replace")

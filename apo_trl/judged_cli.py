@@ -1,7 +1,6 @@
 """The commands `apo-trl anchor` and `apo-trl compare`: parse, call, print."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from .data import check_installed
 from .data.settings import Settings, add_arguments, known_keys, make_settings
 from .data.values import read
+from .files import write_json
 from .inputs import InputError
 from .screen import quiet_host
 
@@ -92,7 +92,7 @@ def run_anchor(options: argparse.Namespace) -> None:
         quiet_host()
         report["likelihoods"] = likelihoods(options.policy, rows, places, answers)
     report["contrast"] = contrast(rows)
-    _write(folder / "anchor.json", report)
+    write_json(folder / "anchor.json", report)
     print(table(report))
     if outcomes:
         write_dataset(rows, outcomes, folder / "pairs.jsonl")
@@ -120,13 +120,6 @@ def run_compare(options: argparse.Namespace) -> None:
     print(table(report))
     print(f"Each prompt: {settings.folder / 'compare.json'}")
     _stop(report)
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    from .files import replacing
-
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", errors="replace")
 
 
 def _stop(report: dict[str, Any]) -> None:
