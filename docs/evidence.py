@@ -16,7 +16,7 @@ import tempfile
 import time
 
 from evidence_data import clair, lengths, mixture, split, unrelated
-from evidence_figures import STORE, chosen_setting, draw, planned, swept, write_page
+from evidence_figures import RATES, STORE, chosen_rate, draw, planned, swept, write_page
 
 STEPS, BATCH = 18, 4  # once through the 72 pairs
 
@@ -136,21 +136,23 @@ def run_all(lab: Lab, say=print) -> list[dict]:
     results = load()
     began, done = time.monotonic(), 0
 
-    def do(runs: list[dict]) -> None:
+    def do(runs: list[dict], then: int = 0) -> None:
         nonlocal done
         left = [run for run in runs if run not in [result["run"] for result in results]]
         for number, run in enumerate(left, start=1):
             results.append(lab.train(run))
             save(results)
             done += 1
-            each = (time.monotonic() - began) / done
+            rest = len(left) - number + then
             say(
-                f"{number}/{len(left)} {run['data']} {run['loss']} rate {run['rate']:g} beta {run['beta']:g} seed "
-                f"{run['seed']}: {results[-1]['seconds']:.0f} s, about {each * (len(left) - number) / 60:.0f} min left"
+                f"{run['data']} {run['loss']} rate {run['rate']:g} seed {run['seed']}: {results[-1]['seconds']:.0f} s, "
+                f"{rest} runs left, about {(time.monotonic() - began) / done * rest / 60:.0f} min",
+                flush=True,
             )
 
-    do(swept())
-    do(planned(*chosen_setting(results)))
+    beyond = [run for run in planned(RATES[0]) if run not in swept()]
+    do(swept(), then=len(beyond) - sum(result["run"] not in swept() for result in results))
+    do(planned(chosen_rate(results)))
     return results
 
 
@@ -164,9 +166,14 @@ def main() -> None:
     if options.draw:
         results = load()
     else:
+        from datasets import disable_progress_bars
+        from transformers.utils.logging import disable_progress_bar
+
         from apo_trl.screen import quiet_host
 
         quiet_host()
+        disable_progress_bars()  # theirs and ours are of seconds; each run gets a line
+        disable_progress_bar()
         results = run_all(Lab())
     draw(results)
     write_page(results)

@@ -1,6 +1,5 @@
 """What the runs of docs/evidence.py say: which there are, their shares and means, tables for the page, pictures."""
 
-import json
 import re
 import statistics
 from pathlib import Path
@@ -11,14 +10,16 @@ PAGE = HERE / "evidence.md"
 
 SEEDS = (0, 1, 2)
 LOSSES = ("apo_zero", "apo_down", "sigmoid")
-RATES, BETAS = (2e-4, 5e-4, 1e-3), (0.1, 0.5)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+BETA = 0.5  # the demo's
 NAMES = {"sigmoid": "DPO", "apo_zero": "APO-zero", "apo_down": "APO-down", "apo_blend": "APO-blend",
          "apo_zero_norm": "APO-zero, per token"}  # fmt: skip
 
 
-def planned(rate: float, beta: float) -> list[dict]:
-    """Every run after the sweep, by what it compares."""
+def planned(rate: float) -> list[dict]:
+    """Every run after the sweep, by what it compares; the losses on revisions also at twice the learning rate."""
     runs = [{"data": "clair", "loss": loss, "seed": seed} for loss in LOSSES for seed in SEEDS]
+    twice = [run | {"rate": 2 * rate, "beta": BETA} for run in runs]
     runs += [{"data": "unrelated", "loss": loss, "seed": seed} for loss in LOSSES for seed in SEEDS]
     runs += [{"data": "lengths", "loss": loss, "seed": s} for loss in ("apo_zero", "apo_zero_norm") for s in SEEDS]
     runs += [
@@ -26,33 +27,33 @@ def planned(rate: float, beta: float) -> list[dict]:
         for loss in ("apo_zero", "apo_down", "apo_blend")
         for seed in SEEDS
     ]
-    return [run | {"rate": rate, "beta": beta} for run in runs]
+    return [run | {"rate": rate, "beta": BETA} for run in runs] + twice
 
 
 def swept() -> list[dict]:
-    return [
-        {"data": "clair", "loss": loss, "seed": 0, "rate": rate, "beta": beta}
-        for beta in BETAS
-        for rate in RATES
-        for loss in LOSSES
-    ]
+    return [{"data": "clair", "loss": loss, "seed": 0, "rate": rate, "beta": BETA} for rate in RATES for loss in LOSSES]
 
 
-def chosen_setting(results: list[dict]) -> tuple[float, float]:
-    """Of the settings within one pair of the best held-out accuracy, over the losses, the one that trained furthest.
+def chosen_rate(results: list[dict]) -> float:
+    """Of the rates whose held-out accuracy, over the losses, is within one pair of the best, the middle one.
 
-    Less than one pair of 40 is noise; furthest is the largest margin on average over the losses. Gives learning rate
-    and beta.
+    Less than one pair of 40 is noise, and the middle is furthest from where nothing moves and from where all breaks.
     """
-    found = {}
-    for rate in RATES:
-        for beta in BETAS:
-            runs = [run for run in swept() if (run["rate"], run["beta"]) == (rate, beta)]
-            each = [shares(result) for result in results if result["run"] in runs]
-            accuracy = statistics.fmean(one["accuracy"] for one in each)
-            found[rate, beta] = accuracy, statistics.fmean(one["chosen"] - one["rejected"] for one in each)
-    best = max(accuracy for accuracy, _ in found.values())
-    return max((margin, setting) for setting, (accuracy, margin) in found.items() if accuracy > best - 1 / 40 - 1e-9)[1]
+    found = {rate: _mean_over_losses(of_rate(results, rate))[0] for rate in RATES}
+    good = [rate for rate in RATES if found[rate] > max(found.values()) - 1 / 40 - 1e-9]
+    return good[(len(good) - 1) // 2]
+
+
+def of_rate(results: list[dict], rate: float) -> list[dict[str, float]]:
+    """The shares of one rate of the sweep, by loss."""
+    runs = [run for run in swept() if run["rate"] == rate]
+    return [shares(result) for run in runs for result in results if result["run"] == run]
+
+
+def _mean_over_losses(found: list[dict[str, float]]) -> tuple[float, float]:
+    """Accuracy and margin, in nats."""
+    margins = [one["chosen"] - one["rejected"] for one in found]
+    return statistics.fmean(one["accuracy"] for one in found), statistics.fmean(margins)
 
 
 def shares(result: dict, kind: str | None = None) -> dict[str, float]:
@@ -70,18 +71,23 @@ def shares(result: dict, kind: str | None = None) -> dict[str, float]:
     }
 
 
-def over_seeds(results: list[dict], data: str, loss: str, kind: str | None = None) -> dict[str, list[float]]:
-    """Each figure for each seed, of the runs after the sweep."""
-    rate, beta = chosen_setting(results)
-    found = [
-        r
-        for seed in SEEDS
-        for r in results
-        if r["run"] == {"data": data, "loss": loss, "seed": seed, "rate": rate, "beta": beta}
+def of_loss(results: list[dict], data: str, loss: str, times: int = 1) -> list[dict]:
+    """The runs of one loss on one set after the sweep, by seed, at so many times the learning rate."""
+    rate = chosen_rate(results)
+    wanted = [
+        run for run in planned(rate) if [run[key] for key in ("data", "loss", "rate")] == [data, loss, times * rate]
     ]
+    found = [result for run in wanted for result in results if result["run"] == run]
     if len(found) != len(SEEDS):
         raise SystemExit(f"There are {len(found)} of {len(SEEDS)} runs of {loss} on {data}; run `make evidence`.")
-    each = [shares(result, kind) for result in found]
+    return found
+
+
+def over_seeds(
+    results: list[dict], data: str, loss: str, kind: str | None = None, times: int = 1
+) -> dict[str, list[float]]:
+    """Each figure for each seed, of the runs after the sweep."""
+    each = [shares(result, kind) for result in of_loss(results, data, loss, times)]
     return {name: [one[name] for one in each] for name in each[0]}
 
 
@@ -101,26 +107,17 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def tables(results: list[dict]) -> dict[str, str]:
     """Every table of the page by its name."""
-    rate, beta = chosen_setting(results)
-    by_run = {json.dumps(result["run"], sort_keys=True): result for result in results}
-
-    def of_sweep(loss: str, r: float, b: float) -> dict[str, float]:
-        run = {"data": "clair", "loss": loss, "seed": 0, "rate": r, "beta": b}
-        return shares(by_run[json.dumps(run, sort_keys=True)])
-
-    sweep = []
-    for b in BETAS:
-        for r in RATES:
-            found = [of_sweep(loss, r, b) for loss in LOSSES]
-            mark = " (taken)" if (r, b) == (rate, beta) else ""
-            cells = [f"{one['accuracy']:.1%}, {one['chosen']:+.1f}, {one['rejected']:+.1f}" for one in found]
-            mean = statistics.fmean(one["accuracy"] for one in found)
-            sweep.append([f"{b:g}, {r:.0e}{mark}", *cells, f"{mean:.1%}"])
+    taken, sweep = chosen_rate(results), []
+    for rate in RATES:
+        found = of_rate(results, rate)
+        cells = [f"{one['accuracy']:.1%}, {one['chosen']:+.1f}, {one['rejected']:+.1f}" for one in found]
+        accuracy, margin = _mean_over_losses(found)
+        sweep.append([f"{rate:.0e}{' (taken)' * (rate == taken)}", *cells, f"{accuracy:.1%}", f"{margin:.1f}"])
     whole = ["chosen", "rejected", "chosen_up", "rejected_down", "displaced", "accuracy"]
     head = ["", "chosen", "rejected", "chosen up", "rejected down", "displaced", "accuracy"]
 
-    def line(data: str, loss: str, kind: str | None = None, label: str = "") -> list[str]:
-        found = over_seeds(results, data, loss, kind)
+    def line(data: str, loss: str, label: str = "", times: int = 1) -> list[str]:
+        found = over_seeds(results, data, loss, times=times)
         return [
             label or NAMES[loss],
             *(_cell(found[name], "_" in name or name in ("displaced", "accuracy")) for name in whole),
@@ -141,8 +138,12 @@ def tables(results: list[dict]) -> dict[str, str]:
         cells += [_cell(found, True) for found in (right, better["accuracy"], worse["accuracy"])]
         blend.append([NAMES[loss], *cells])
     return {
-        "sweep": _table(["beta, learning rate", *(NAMES[loss] for loss in LOSSES), "mean accuracy"], sweep),
-        "losses": _table(head, [line("clair", loss) for loss in LOSSES]),
+        "sweep": _table(["learning rate", *(NAMES[loss] for loss in LOSSES), "mean accuracy", "mean margin"], sweep),
+        "losses": _table(
+            head,
+            [line("clair", loss) for loss in LOSSES]
+            + [line("clair", loss, label=f"{NAMES[loss]}, twice the rate", times=2) for loss in LOSSES],
+        ),
         "pairs": _table(
             head,
             [line(data, loss, label=f"{NAMES[loss]}, {words}") for loss in LOSSES
@@ -179,25 +180,16 @@ def draw(results: list[dict]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rate, beta = chosen_setting(results)
     blue, orange, green, grey = "#0072B2", "#E69F00", "#009E73", "#777777"
-    marks = dict(zip(SEEDS, ("o", "^", "s"), strict=True))
-
-    def of(data: str, loss: str) -> list[dict]:
-        return [
-            r
-            for r in results
-            if r["run"] == {"data": data, "loss": loss, "seed": r["run"]["seed"], "rate": rate, "beta": beta}
-        ]
 
     for data, name in (("clair", "losses"), ("unrelated", "unrelated")):
         figure, panels = pyplot.subplots(1, 3, figsize=(12, 4.2), layout="constrained", sharex=True, sharey=True)
         for axes, loss in zip(panels, LOSSES, strict=True):
-            for result in of(data, loss):
+            for result in of_loss(results, data, loss):
                 pairs = result["held_out"]
                 axes.scatter(
                     [pair["c"] for pair in pairs], [pair["r"] for pair in pairs], s=22, alpha=0.75, color=blue,
-                    marker=marks[result["run"]["seed"]], edgecolor="white", linewidth=0.4,
+                    marker="o^s"[result["run"]["seed"]], edgecolor="white", linewidth=0.4,
                     label=f"seed {result['run']['seed']}",
                 )  # fmt: skip
             axes.axhline(0, color=grey, linewidth=1, linestyle="--")

@@ -1,9 +1,14 @@
 """docs/evidence.md: its data is what it says, its tables are those of the stored results, and a run does run."""
 
+import functools
+import json
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from test_docs import commands
 
 DOCS = Path(__file__).parent.parent / "docs"
 sys.path.insert(0, str(DOCS))
@@ -79,8 +84,8 @@ class TestPage:
         results = evidence.load()
         runs = [result["run"] for result in results]
         wanted = figures.swept()
-        wanted += [run for run in figures.planned(*figures.chosen_setting(results)) if run not in wanted]
-        assert len(wanted) >= 18 + 30
+        wanted += [run for run in figures.planned(figures.chosen_rate(results)) if run not in wanted]
+        assert len(wanted) == 48
         assert all(runs.count(run) == 1 for run in wanted)
 
     def test_its_tables_are_those_of_the_stored_results(self):
@@ -111,3 +116,34 @@ def test_a_run_moves_held_out_pairs_and_starts_at_the_anchor(model_dir, kind, lo
     assert len(result["held_out"]) == {"clair": 40, "lengths": 24, "mixture": 40}[kind]
     assert any(abs(pair["c"]) > 1e-3 for pair in result["held_out"])
     assert (result["beta"] > 1) == (loss == "apo_zero_norm")
+
+
+@pytest.mark.slow
+def test_all_of_it_anew_and_again(model_dir, tmp_path, monkeypatch, capsys):
+    """As the page shows it, with the tiny model, one step, one seed and two rates; then nothing is left to do."""
+    shutil.copy(figures.PAGE, tmp_path / "evidence.md")
+    (tmp_path / "results.json").write_text("stale")
+    shutil.copy(DOCS / "evidence" / "samples.json", tmp_path)
+    for module in (evidence, figures):
+        monkeypatch.setattr(module, "STORE", tmp_path)
+    monkeypatch.setattr(figures, "PAGE", tmp_path / "evidence.md")
+    monkeypatch.setattr(figures, "SEEDS", (0,))
+    monkeypatch.setattr(figures, "RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(evidence, "Lab", functools.partial(evidence.Lab, model=str(model_dir), steps=1))
+    (line,) = (found.text for found in commands(DOCS / "evidence.md") if "--fresh" in found.text)
+    program, script, *options = shlex.split(line, comments=True)
+    assert (program, script) == ("python", "docs/evidence.py")
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    evidence.main()
+    told = [line for line in capsys.readouterr().out.splitlines() if " runs left, about " in line]
+    assert [int(line.split(" runs left")[0].split()[-1]) for line in told] == list(range(16, -1, -1))
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert len(results) == 17
+    page = (tmp_path / "evidence.md").read_text()
+    assert figures.tables(results)["losses"] in page
+    assert page != (DOCS / "evidence.md").read_text()
+    assert len(list(tmp_path.glob("*.png"))) == 3
+    monkeypatch.setattr(sys, "argv", [script])
+    monkeypatch.setattr(evidence.Lab.func, "train", None)
+    evidence.main()
+    assert (tmp_path / "evidence.md").read_text() == page
