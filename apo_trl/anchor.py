@@ -21,7 +21,7 @@ from .data.methods import own_answers
 from .data.output import judged_summary
 from .data.progress import Progress
 from .data.reading import explicit, read_rows
-from .data.records import Answer, Record, text_of
+from .data.records import Answer, Record, as_text, text_of
 from .data.settings import Settings
 from .data.stats import Statistics
 from .data.store import Store
@@ -160,24 +160,18 @@ def _record(position: int, row: Mapping[str, Any], response: str | None) -> Reco
     identity, prompt = str(row.get("id") or f"row-{position + 1}"), whole["prompt"]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    answers = [Answer(_text(whole[side]), side) for side in ("chosen", "rejected")]
+    answers = [Answer(as_text(whole[side]), side) for side in ("chosen", "rejected")]
     if response is not None:
         if not row.get(response):
             raise InputError(
                 f"--policy_response: row {position + 1} has no '{response}'; its fields are {', '.join(row)}."
             )
         # `rejected` without its prompt, where the row repeats that.
-        answers.append(Answer(_text(whole[response]), "policy"))
+        answers.append(Answer(as_text(whole[response]), "policy"))
     if not prompt or prompt[-1]["role"] == "assistant" or not all(answer.text.strip() for answer in answers):
         return Record(position, identity, [], (), f"Row {position + 1} has no question or an empty answer.", "bad_row")
     messages = [{**message, "content": text_of(message.get("content")) or ""} for message in prompt]
     return Record(position, identity, messages, tuple(answers))
-
-
-def _text(side: Any) -> str:
-    if isinstance(side, str):
-        return side
-    return "\n\n".join(text_of(message.get("content")) or "" for message in side)
 
 
 async def _compare(asker: Asker, settings: Settings, record: Record, notes: dict[str, Any]) -> dict[str, str]:

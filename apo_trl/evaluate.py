@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import tqdm
 from torch import Tensor
 
-from .data.records import text_of
+from .data.records import as_text
 from .data.tokens import encode_pair
 from .files import replacing
 from .inputs import InputError
@@ -213,23 +213,13 @@ def encoded(rows: Any, tokenizer: Any, max_length: int | None = None) -> list[di
         except InputError as error:
             raise InputError(f"Row {number} (counted from 1): {error}") from error
         if max_length is None or len(prompt) < max_length:
-            texts = {side: _text(row.get(side, "")) for side in ("prompt", "chosen", "rejected")}
+            texts = {side: as_text(row.get(side, "")) for side in ("prompt", "chosen", "rejected")}
             identity = str(row.get("id") or f"row-{number}")
             ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
             pairs.append({"id": identity, **texts, **ids, "max_length": max_length})
     if not pairs:
         raise InputError(f"max_length={max_length} is filled by every prompt alone; give a larger one.")
     return pairs
-
-
-def _text(side: Any) -> str:
-    """Give a side as text to be read: of several messages, each after its role."""
-    if isinstance(side, str):
-        return side
-    contents = [text_of(message.get("content")) or "" for message in side]
-    if len(contents) == 1:
-        return contents[0]
-    return "\n\n".join(f"{message['role']}: {content}" for message, content in zip(side, contents, strict=True))
 
 
 def _row(pair: Mapping[str, Any], policy: tuple[float, float], reference: tuple[float, float]) -> dict[str, Any]:

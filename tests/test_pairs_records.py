@@ -6,7 +6,7 @@ import json
 import pytest
 from hypothesis import given, settings, strategies
 
-from apo_trl.data.records import Answer, Source, read_records
+from apo_trl.data.records import Answer, Source, as_text, read_records
 from apo_trl.data.settings import make_settings
 from apo_trl.data.templates import Template, load_template, suffix_for
 from apo_trl.inputs import InputError
@@ -504,3 +504,14 @@ def test_hostile_texts_cost_no_time():
     assert suffix_for("<task " * 100_000) == ""
     assert suffix_for("".join(f"<task-{number}>" for number in range(2, 50_000)) + "<task>") == "-50000"
     assert time.monotonic() - began < 2
+
+
+def test_what_a_side_says():
+    call = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    parts = [{"type": "text", "text": "two "}, {"type": "image"}, {"type": "text", "text": "parts"}]
+    assert as_text("as it is") == "as it is"
+    assert as_text([user("alone")]) == "alone"
+    assert as_text([{"role": "assistant", "content": parts}]) == "two parts"
+    assert as_text([{"role": "assistant", "content": None, "tool_calls": call}]) == json.dumps(call)
+    several = [user("2 + 2?"), {"role": "assistant", "content": "I add.", "tool_calls": call}]
+    assert as_text(several) == f"user: 2 + 2?\n\nassistant: I add.\n{json.dumps(call)}"

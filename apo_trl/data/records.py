@@ -18,7 +18,7 @@ from ..recipes import packaged
 from .reading import read_rows
 from .settings import Settings, shard_of
 
-__all__ = ["Answer", "Record", "Source", "clean", "read_records", "text_of"]
+__all__ = ["Answer", "Record", "Source", "as_text", "clean", "read_records", "text_of"]
 
 _ANSWERS = ("responses", "response", "completions", "completion")
 _FIRST = ("id", "prompt_id", "custom_id")
@@ -212,6 +212,25 @@ def text_of(content: Any) -> str | None:
     ):
         return clean("".join(part["text"] for part in content))
     return clean(content) if isinstance(content, str) else None
+
+
+def as_text(side: Any) -> str:
+    """Give what a side of a pair says, to read or compare: of several messages, each after its role.
+
+    Tool calls are given as JSON after the text of their message.
+    """
+    if isinstance(side, str):
+        return side
+    said = []
+    for message in side:
+        content, calls = message.get("content") or "", message.get("tool_calls")
+        if not isinstance(content, str):  # parts, of which some may be no text
+            content = "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
+        parts = [clean(content), json.dumps(calls, ensure_ascii=False, default=str) if calls else ""]
+        said.append("\n".join(filter(None, parts)))
+    if len(said) == 1:
+        return said[0]
+    return "\n\n".join(f"{message.get('role')}: {text}" for message, text in zip(side, said, strict=True))
 
 
 def _answers(row: Mapping[str, Any]) -> Iterator[Answer]:

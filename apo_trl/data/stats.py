@@ -7,7 +7,6 @@ distance in characters, and lengths beside them, because a dataset whose chosen 
 Left out on purpose: embeddings, and any verdict; how close pairs should be depends on where they came from.
 """
 
-import json
 from array import array
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from rapidfuzz.distance import Levenshtein
 
 from ..inputs import InputError, useless
 from .reading import explicit, shared_start
+from .records import as_text
 from .tokens import encode_pair, words
 
 __all__ = ["LENGTHS", "MEASURES", "Statistics", "contrast"]
@@ -93,9 +93,9 @@ class Statistics:
     def add(self, row: Mapping[str, Any]) -> None:
         """Measure a pair, as `read_pairs` gives it or as any preference dataset has it."""
         row = explicit(row)
-        texts = _text(row["chosen"]), _text(row["rejected"])
+        texts = as_text(row["chosen"]), as_text(row["rejected"])
         if self._tokenizer is None:
-            self._before.add(contrast(_text(row["prompt"]), *texts), texts[0] == texts[1])
+            self._before.add(contrast(as_text(row["prompt"]), *texts), texts[0] == texts[1])
             return
         try:
             start, *sides = encode_pair(self._tokenizer, row)
@@ -184,17 +184,3 @@ def _describe(column: "np.ndarray[Any, np.dtype[np.float64]]", edges: list[float
     numbers = {"mean": column.mean(), "median": median, "p5": p5, "p95": p95, "min": column.min(), "max": column.max()}
     histogram = {"edges": [float(edge) for edge in edges], "counts": counts.tolist()}
     return {**{name: float(number) for name, number in numbers.items()}, "histogram": histogram}
-
-
-def _text(side: Any) -> str:
-    """Give what an answer says: the texts of its messages, and its tool calls as JSON."""
-    if isinstance(side, str):
-        return side
-    parts = []
-    for message in side:
-        content = message.get("content") or ""
-        if not isinstance(content, str):
-            content = "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
-        calls = message.get("tool_calls")
-        parts += [content, json.dumps(calls, ensure_ascii=False, default=str) if calls else ""]
-    return "\n".join(filter(None, parts))
