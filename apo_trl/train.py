@@ -205,9 +205,12 @@ def _with_recipe(arguments: Sequence[str]) -> list[str]:
 def _check_keys(arguments: Sequence[str], known: set[str]) -> None:
     if "--config" in arguments:
         path = Path(arguments[list(arguments).index("--config") + 1])
-        for key in read_yaml(path):
-            if key not in known | {"env"}:
-                raise InputError(f"The key '{key}' in {path} does not exist.{nearest(str(key), known)}")
+        unknown = [str(key) for key in read_yaml(path) if key not in known | {"env"}]
+        if len(unknown) == 1:
+            raise InputError(f"The key '{unknown[0]}' in {path} does not exist.{nearest(unknown[0], known)}")
+        if unknown:
+            each = " ".join(f"'{key}'.{nearest(key, known)}" for key in unknown)
+            raise InputError(f"{len(unknown)} keys in {path} do not exist: {each}")
 
 
 def _check_model(run: Run) -> None:
