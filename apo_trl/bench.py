@@ -6,7 +6,6 @@ one model: what differs is only which of the two forwards is called.
 
 import gc
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from torch import Tensor
 from .inputs import InputError
 from .prefix_tree import Tree, plant
 
-__all__ = ["SHAPES", "Row", "bench", "table", "write_json"]
+__all__ = ["SHAPES", "Row", "bench", "build_model", "collate", "random_rows", "step", "table"]
 
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -71,7 +70,7 @@ def bench(
     Raises InputError for a model or a file that cannot be used.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    network, tokenizer = _network(model, layers, device, dtype, checkpointing)
+    network, tokenizer = build_model(model, layers, device, dtype, checkpointing)
     fused = network.forward
     trees = plant(network)
     if trees.reason:
@@ -98,12 +97,8 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_json(rows: list[Row], path: str) -> None:
-    """Write the rows as JSON."""
-    Path(path).write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n", encoding="utf-8")
-
-
-def _network(model: str | None, layers: int | None, device: str, dtype: str, checkpointing: bool) -> tuple[Any, Any]:
+def build_model(model: str | None, layers: int | None, device: str, dtype: str, checkpointing: bool) -> tuple[Any, Any]:
+    """Give a model of a shape (SmolLM2-135M's by default), random weights and TRL's fused head, and its tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from trl.trainer.utils import add_fused_lm_head
 
@@ -132,7 +127,7 @@ def _data(
 ) -> Iterator[tuple[str, list[dict[str, Tensor]]]]:
     for name, shape in SHAPES.items():
         generator = torch.Generator().manual_seed(0)
-        yield name, [_collate(_random(shape, vocabulary, size, generator)) for _ in range(3)]
+        yield name, [collate(random_rows(shape, vocabulary, size, generator)) for _ in range(3)]
     from .data.reading import read_pairs
     from .data.tokens import encode_pair
     from .demo import PAIRS
@@ -140,11 +135,15 @@ def _data(
     for name in [str(PAIRS / "train.jsonl"), *files]:
         pairs = [encode_pair(tokenizer, row) for row in itertools.islice(read_pairs(name), 6 * size)]
         groups = [pairs[at : at + size] for at in range(0, len(pairs), size)]
-        batches = [_collate([(p, c) for p, c, _ in group] + [(p, r) for p, _, r in group]) for group in groups]
+        batches = [collate([(p, c) for p, c, _ in group] + [(p, r) for p, _, r in group]) for group in groups]
         yield ("the demo's pairs" if name.startswith(str(PAIRS)) else Path(name).name), batches
 
 
-def _random(shape: Shape, vocabulary: int, size: int, generator: torch.Generator) -> list[tuple[list[int], list[int]]]:
+def random_rows(
+    shape: Shape, vocabulary: int, size: int, generator: torch.Generator
+) -> list[tuple[list[int], list[int]]]:
+    """Draw pairs of a shape as (prompt, completion): all chosen ones, then all rejected ones."""
+
     def tokens(mean: int) -> list[int]:
         low, high = round(0.7 * mean), round(1.3 * mean) + 1
         length = int(torch.randint(low, high, (), generator=generator))
@@ -160,7 +159,8 @@ def _random(shape: Shape, vocabulary: int, size: int, generator: torch.Generator
     return chosen + rejected
 
 
-def _collate(rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+def collate(rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+    """Pad rows on the right to a batch; every tensor has the shape (rows, longest)."""
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -180,7 +180,7 @@ def _measure(name: str, batches: list[dict[str, Tensor]], network: Any, fused: A
     paths = {"host": fused, "ours": network.forward}
     differ = [0.0, 0.0]
     for batch in batches[:1]:  # the first step of each also warms up
-        found = {path: _step(network, forward, batch) for path, forward in paths.items()}
+        found = {path: step(network, forward, batch) for path, forward in paths.items()}
         differ = [_furthest(found["host"][at], found["ours"][at]) for at in (0, 1)]
     ratios, peaks = [], []
     for _ in range(repeats):
@@ -191,7 +191,7 @@ def _measure(name: str, batches: list[dict[str, Tensor]], network: Any, fused: A
             _start_memory(network.device.type)
             began = time.perf_counter()
             for batch in batches:
-                _step(network, forward, batch, keep=False)
+                step(network, forward, batch, keep=False)
             if network.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[path], memory[path] = time.perf_counter() - began, _peak_memory(network.device.type)
@@ -202,7 +202,7 @@ def _measure(name: str, batches: list[dict[str, Tensor]], network: Any, fused: A
     return Row(name, saved, statistics.median(ratios), statistics.median(peaks), *differ)
 
 
-def _step(network: Any, forward: Any, batch: dict[str, Tensor], keep: bool = True) -> Any:
+def step(network: Any, forward: Any, batch: dict[str, Tensor], keep: bool = True) -> Any:
     """Do a step of DPO against a reference of zeros; give log-probs and gradients where they are kept."""
     network.zero_grad()
     logps = forward(**batch, use_cache=False, fused_lm_head=True).log_probs

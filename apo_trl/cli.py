@@ -166,12 +166,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _bench(options: argparse.Namespace) -> None:
     quiet_host()
-    from .bench import bench, table, write_json
+    from .bench import bench, table
+    from .files import write_json
 
     rows = bench(**_settings(options, "json"))
     print(table(rows))
     if options.json:
-        write_json(rows, options.json)
+        write_json(Path(options.json), [row._asdict() for row in rows])
 
 
 def _add_recipes(commands: Any) -> None:

@@ -27,15 +27,15 @@ PARTS = {
 
 def batch_of(network, shape, pairs, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return bench._collate(bench._random(shape, network.config.vocab_size, pairs, generator))
+    return bench.collate(bench.random_rows(shape, network.config.vocab_size, pairs, generator))
 
 
 def parts(network, forward, batch):
     """Seconds of each part of a step, and of the whole."""
-    bench._step(network, forward, batch, keep=False)
+    bench.step(network, forward, batch, keep=False)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         began = time.perf_counter()
-        bench._step(network, forward, batch, keep=False)
+        bench.step(network, forward, batch, keep=False)
         whole = time.perf_counter() - began
     times = {}
     for event in profiled.key_averages():
@@ -67,7 +67,7 @@ def main() -> None:
     options = parser.parse_args()
     quiet_host()
 
-    network, _ = bench._network(None, options.layers, "cpu", "float32", False)
+    network, _ = bench.build_model(None, options.layers, "cpu", "float32", False)
     fused = network.forward
     plant(network)
     batch = batch_of(network, bench.SHAPES["170 / 250 / 250"], 2)
@@ -86,7 +86,7 @@ def main() -> None:
 
     if not options.growth_layers:
         return
-    network, _ = bench._network(None, options.growth_layers, "cpu", "float32", False)
+    network, _ = bench.build_model(None, options.growth_layers, "cpu", "float32", False)
     fused = network.forward
     plant(network)
     print(f"{options.growth_layers} layers")
@@ -105,7 +105,7 @@ def main() -> None:
         for repeat in range(4):
             for name, forward in (("host", fused), ("ours", network.forward)):
                 began = time.perf_counter()
-                bench._step(network, forward, batch, keep=False)
+                bench.step(network, forward, batch, keep=False)
                 if repeat:
                     seconds[name].append(time.perf_counter() - began)
         ratio = statistics.median(seconds["host"]) / statistics.median(seconds["ours"])

@@ -217,13 +217,14 @@ class TestModelCard:
         assert "2408.06266" not in card
 
 
-def test_without_a_config_it_trains_with_apo_zero(model_dir, dataset, monkeypatch, tmp_path, train):
+def test_without_a_config_it_trains_with_apo_zero(model_dir, dataset, monkeypatch, tmp_path):
     # The host's default, bfloat16, needs a GPU; nothing else is changed.
     class OnCPU(APOConfig):
         def __init__(self, output_dir):
             super().__init__(output_dir, use_cpu=True, bf16=False)
 
     monkeypatch.setattr("apo_trl.trainer.APOConfig", OnCPU)
+    monkeypatch.chdir(tmp_path)
     trainer = APOTrainer(model=str(model_dir), train_dataset=dataset)
     assert trainer.args.loss_type == ["apo_zero"]
     assert trainer.args.output_dir == f"{model_dir.name}-APO"

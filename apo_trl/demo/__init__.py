@@ -1,6 +1,5 @@
 """The embedded run: APO-zero with LoRA on a real small model, its own answers revised, on a CPU, in minutes."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -10,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..files import write_json
 from ..inputs import InputError
 from ..screen import quiet_host
 
@@ -107,7 +107,7 @@ def run_demo(output_dir: str, *, model: str | None = None, max_steps: int | None
     folder = Path(output_dir)
     draw_report(history + trainer.state.log_history, points, folder / "report.png", beta=run.training.beta)
     summary = {"seconds": round(time.monotonic() - started, 1), "before": before, "after": after}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "summary.json", summary)
     _show(summary, questions, answers, pairs=len(trainer.eval_dataset), folder=folder)
     return summary
 
