@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .data.cli import add as add_pairs
+from .inputs import nearest, positive
 from .judged_cli import add as add_judged
 from .screen import quiet_host
 from .train import one_message
@@ -64,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluate.add_argument("--reference", help="the model that it started from (default: an adapter's base)")
     evaluate.add_argument("--dataset", required=True, help="pairs: a file, a folder or a hub name")
     evaluate.add_argument("--split", help="(default: test where there is one, else train)")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N pairs")
-    evaluate.add_argument("--max_length", type=int, metavar="N", help="cut rows as in training (default: whole rows)")
-    evaluate.add_argument("--batch_size", type=int, default=8, metavar="N", help="pairs (default: %(default)s)")
+    evaluate.add_argument("--limit", type=positive, metavar="N", help="only the first N pairs")
+    evaluate.add_argument("--max_length", type=positive, metavar="N", help="cut rows as in training (default: not cut)")
+    evaluate.add_argument("--batch_size", type=positive, default=8, metavar="N", help="pairs (default: %(default)s)")
     evaluate.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     evaluate.add_argument("--dtype", help="float32, bfloat16, ... (default: float32 on a CPU, else the checkpoint's)")
     evaluate.add_argument(
@@ -78,24 +79,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench = commands.add_parser("bench", help="time a step against stock TRL's, and compare the results")
     bench.add_argument("files", metavar="FILE", nargs="*", help="pairs of your own, as for `apo-trl pairs stats`")
     bench.add_argument("--model", help="a model whose shape is taken, with random weights (default: SmolLM2-135M)")
-    bench.add_argument("--layers", type=int, help="only so many of its layers")
+    bench.add_argument("--layers", type=positive, help="only so many of its layers")
     bench.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     bench.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     bench.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
-    bench.add_argument("--batch_size", type=int, default=2, help="pairs (default: %(default)s)")
-    bench.add_argument("--repeats", type=int, default=5, help="of which the median is told (default: %(default)s)")
+    bench.add_argument("--batch_size", type=positive, default=2, help="pairs (default: %(default)s)")
+    bench.add_argument("--repeats", type=positive, default=5, help="of which the median is told (default: %(default)s)")
     bench.add_argument("--json", metavar="FILE", help="write the figures there too")
     demo = commands.add_parser(
         "demo", help="watch APO train a small model on this CPU, in a few minutes", allow_abbrev=False
     )
     demo.add_argument("--model", help="a model folder or hub name instead of the packaged SmolLM2-135M-Instruct")
     demo.add_argument("--output_dir", default="runs/demo", help="where the results go (default: %(default)s)")
-    demo.add_argument("--max_steps", type=int, help="fewer or more steps than the recipe's")
+    demo.add_argument("--max_steps", type=positive, help="fewer or more steps than the recipe's")
 
     options, rest = parser.parse_known_args(arguments)
     planning = options.command == "recipes" and options.action == "plan"
     if rest and options.command != "train" and not planning:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        command = commands.choices.get(options.command, parser)
+        name = rest[0].split("=")[0] if rest[0].startswith("-") else "one argument more"  # which might be a key
+        known = nearest(name, command._option_string_actions)
+        parser.exit(2, f"error: `{command.prog}` does not take {name}.{known} See `{command.prog} --help`.\n")
     if options.version:
         from . import __version__
 
@@ -197,7 +201,7 @@ def _add_recipes(commands: Any) -> None:
         allow_abbrev=False,
     )
     plan.add_argument("name", metavar="NAME", help="a recipe or a YAML file")
-    plan.add_argument("--gpus", type=int, default=1, help="how many (default: %(default)s)")
+    plan.add_argument("--gpus", type=positive, default=1, help="how many (default: %(default)s)")
     plan.add_argument("--gpu-memory", type=float, required=True, metavar="GB", help="of each, in GB")
     plan.add_argument(
         "--accelerate_config", default="ddp", help="a hardware file by name or path (default: %(default)s)"
@@ -205,12 +209,9 @@ def _add_recipes(commands: Any) -> None:
 
 
 def _recipes(options: argparse.Namespace, rest: list[str]) -> None:
-    import warnings
-
     from .inputs import InputError
     from .recipes import check, describe, find_recipe, pairs_names, recipe_names
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # TRL's own defaults
     if options.action in (None, "list"):
         rows = [describe(name) for name in recipe_names()]
         table = [{column: column for column in rows[0]}, *rows]
@@ -225,15 +226,16 @@ def _recipes(options: argparse.Namespace, rest: list[str]) -> None:
             raise InputError(f"{options.file} exists; choose another FILE or remove it.")
         options.file.write_text(find_recipe(options.name).read_text(encoding="utf-8"), encoding="utf-8")
     elif options.action == "plan":
+        quiet_host()
         from . import plan as planning
         from .recipes import hardware, is_unpaired
         from .train import parse
 
         run, _ = parse([options.name, "--use_cpu", *rest], unpaired=is_unpaired(find_recipe(options.name)))
         plan = planning.from_recipe(run, gpus=options.gpus, **hardware(options.accelerate_config))
-        print(planning.table(plan))
-        print(planning.verdict(plan, options.gpu_memory))
+        print(f"{planning.table(plan)}\n{planning.verdict(plan, options.gpu_memory)}")
     elif options.action == "check":
+        quiet_host()
         errors = 0
         for name in options.files:
             findings = check(name)

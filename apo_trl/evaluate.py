@@ -112,7 +112,7 @@ def read_split(dataset: str, split: str | None, limit: int | None = None) -> Any
         rows = rows.select(range(min(limit, len(rows))))
     if not len(rows):
         raise InputError(f"--dataset: {dataset} has no pairs in '{name}'; give it at least one.")
-    check_dataset(rows, f"'{name}' split of {dataset}", False)
+    check_dataset(rows, name, False)
     return rows
 
 

@@ -5,12 +5,13 @@ rule stops everything, with its number; a row that keeps them all and still can 
 `useless`, to be left out and counted. No torch here, so that whoever only reads data can import it.
 """
 
+import argparse
 import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["InputError", "check_rows", "nearest", "row_fault", "split_conversation", "useless"]
+__all__ = ["InputError", "check_rows", "nearest", "positive", "row_fault", "split_conversation", "useless"]
 
 
 class InputError(ValueError):
@@ -21,6 +22,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Say " Did you mean 'x'?" for the known name closest to `name`, or nothing where none is close."""
     match = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def positive(text: str) -> int:
+    """Read a whole number from a command line: the `type` of an option that cannot be less than 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 1 or more")
+    return int(text)
 
 
 def row_fault(row: Mapping[str, Any], *, needs_wins: bool = False) -> str | None:

@@ -9,7 +9,7 @@ from .data import check_installed
 from .data.settings import Settings, add_arguments, known_keys, make_settings
 from .data.values import read
 from .files import write_json
-from .inputs import InputError
+from .inputs import InputError, positive
 from .screen import quiet_host
 
 __all__ = ["add", "run_anchor", "run_compare"]
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     )
     anchor.add_argument("--split", default="train", help="(default: %(default)s)")
     anchor.add_argument(
-        "--limit", type=int, default=200, metavar="N", help="pairs that are judged (default: %(default)s)"
+        "--limit", type=positive, default=200, metavar="N", help="pairs that are judged (default: %(default)s)"
     )
     anchor.add_argument("--output_dir", metavar="DIR", help="(default: runs/anchor and the dataset's name)")
     anchor.add_argument(

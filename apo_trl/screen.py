@@ -15,7 +15,7 @@ def quiet_host() -> None:
     """
     import torch
 
-    if not torch.cuda.is_available():
+    if not getattr(torch, "accelerator", torch.cuda).is_available():  # older torch has only the latter
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

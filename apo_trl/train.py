@@ -20,6 +20,7 @@ from .checkpoints import first_process, last_checkpoint, resume_from
 from .inputs import InputError, nearest
 from .recipes import accelerate_config, find_recipe, read_yaml
 from .run_record import write_run
+from .screen import quiet_host
 
 __all__ = ["Run", "launch", "load_named", "load_splits", "main", "make_trainer", "one_message", "parse", "train"]
 
@@ -140,6 +141,7 @@ def _leave(status: int) -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the script."""
+    quiet_host()
     with one_message():
         run, _ = parse(sys.argv[1:] if arguments is None else arguments)
         train(run)
@@ -154,6 +156,7 @@ def launch(arguments: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+    quiet_host()
     with one_message():
         arguments = _with_recipe(arguments)
         _, launcher = parse(arguments)

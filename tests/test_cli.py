@@ -13,8 +13,8 @@ import trl
 from conftest import rows
 from datasets import Dataset
 
+from apo_trl import cli, unregister
 from apo_trl import train as train_script
-from apo_trl import unregister
 
 BIN = Path(sys.executable).parent
 DPO_SCRIPT = Path(trl.__file__).parent / "scripts" / "dpo.py"
@@ -93,6 +93,38 @@ def test_help_comes_at_once(arguments):
         return time.monotonic() - started
 
     assert min(seconds() for _ in range(3)) < 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["evaluate --model m --dataset d --limit 0", "evaluate --model m --dataset d --batch_size 0",
+     "evaluate --model m --dataset d --max_length -1", "anchor --dataset d --policy p --limit -3",
+     "bench --repeats 0", "bench --layers 1.5", "demo --max_steps x", "pairs stats d --max_length 0",
+     "recipes plan r --gpu-memory 1 --gpus 0"],
+)  # fmt: skip
+def test_a_number_that_cannot_be(given, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(given.split())
+    assert stop.value.code == 2
+    assert f"'{given.split()[-1]}' is not a whole number of 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("evaluate --model m --dataset d --batchsize 2", "`apo-trl evaluate` does not take --batchsize. Did you mean "
+         "'--batch_size'? See `apo-trl evaluate --help`."),
+        ("report run --outptu=x", "`apo-trl report` does not take --outptu. Did you mean '--output'?"),
+        ("merge a --output_dir m secret", "`apo-trl merge` does not take one argument more. See"),
+    ],
+)  # fmt: skip
+def test_what_a_command_does_not_take(given, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(given.split())
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
 
 
 class TestTrain:

@@ -5,6 +5,7 @@ import json
 import sys
 from typing import Any, NoReturn
 
+from ..inputs import positive
 from . import check_installed
 from .settings import Settings, add_arguments, parse, unknown_key
 
@@ -33,7 +34,7 @@ def add(commands: Any) -> None:
     stats = actions.add_parser("stats", help="say how contrastive the pairs of any preference dataset are")
     stats.add_argument("dataset", metavar="FILE", help="a .jsonl, .json or .parquet file, a folder or a hub name")
     stats.add_argument("--tokenizer", help="the training model's: measures tokens as training sees them")
-    stats.add_argument("--max_length", type=int, help="measure again after truncation to it, as in training")
+    stats.add_argument("--max_length", type=positive, help="measure again after truncation to it, as in training")
     stats.add_argument("--eval_sets", nargs="+", metavar="FILE", default=[], help="look for their prompts among these")
     stats.add_argument("--json", action="store_true", help="print all figures as JSON")
 
