@@ -10,6 +10,7 @@ from conftest import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from apo_trl import footprint
 from apo_trl import plan as planning
 from apo_trl.inputs import InputError
 from apo_trl.plan import Plan, from_recipe, plan, table, verdict
@@ -128,8 +129,8 @@ def test_four_bit_weights_cost_what_bitsandbytes_packs(double):
     weight = torch.randn(704, 256)
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
     scales = [state.absmax, *([state.state2.absmax] if double else [])]
-    counts = planning._Counts(0, weight.numel(), 704, weight.numel() // 64, 0, 0)
-    assert planning._quantised(counts, 4, double) == nbytes([packed, *scales])
+    counts = footprint.Counts(0, weight.numel(), 704, weight.numel() // 64, 0, 0)
+    assert footprint.quantised(counts, 4, double) == nbytes([packed, *scales])
 
 
 @pytest.mark.parametrize("gpus", [1, 8])
@@ -282,7 +283,7 @@ def test_activations_are_within_a_hundredth_of_what_autograd_saves(method, check
         forward(model, pairs=2, tokens=128, autocast=autocast)
     measured = sum(size for size, _ in saved.values())
 
-    kept, _ = planning._activations(**terms(method, dtype, autocast, checkpointing, pairs=2, tokens=128))
+    kept, _ = footprint.activations(**terms(method, dtype, autocast, checkpointing, pairs=2, tokens=128))
     assert kept == pytest.approx(measured, rel=0.01)
 
 
@@ -292,7 +293,7 @@ def test_the_peak_is_within_a_quarter_of_what_was_alive(method, checkpointing, d
     import trl.trainer.utils as host
 
     monkeypatch.setattr(host, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)
-    monkeypatch.setattr(planning, "TILE_COLUMNS", 64)
+    monkeypatch.setattr(footprint, "TILE_COLUMNS", 64)
     model = loaded_model(method, dtype, checkpointing)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -300,7 +301,7 @@ def test_the_peak_is_within_a_quarter_of_what_was_alive(method, checkpointing, d
     known = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
     with Peak(known) as peak:
         forward(model, pairs=2, tokens=192, autocast=autocast).backward()
-    kept, passing = planning._activations(**terms(method, dtype, autocast, checkpointing, pairs=2, tokens=192))
+    kept, passing = footprint.activations(**terms(method, dtype, autocast, checkpointing, pairs=2, tokens=192))
     assert kept + passing == pytest.approx(peak.top, rel=0.25)
 
 
@@ -308,7 +309,7 @@ def terms(method, dtype, autocast, checkpointing, *, pairs, tokens):
     config = make_model(**SHAPE).config
     return dict(
         config=config,
-        counts=planning._count(config, method, 8, "all-linear", None),
+        counts=footprint.count_parameters(config, method, 8, "all-linear", None),
         method=method,
         positions=2 * pairs * tokens,
         tokens=tokens,
@@ -324,7 +325,7 @@ def test_the_tile_of_logits_is_that_of_the_installed_trl():
     from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    assert (planning.TILE_TOKENS, planning.TILE_COLUMNS) == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
+    assert (footprint.TILE_TOKENS, footprint.TILE_COLUMNS) == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
 
 
 def test_the_bucket_is_that_of_the_installed_deepspeed():

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..intervals import wilson
@@ -70,86 +71,7 @@ margin is right while one side went the wrong way. Pairs with both sides up shar
 training rewards the style that both share. An interval says how far a share could be off on other pairs of the same
 kind, not on another run. More is in <code>docs/metrics.md</code> of apo-trl.</p>"""
 
-_CSS = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-html { background: #fff; }
-body { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; background: #fff; color: #1c1c1c;
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
-h1, h2, h3, h4 { line-height: 1.25; overflow-wrap: anywhere; }
-h1 { font-size: 1.75rem; margin: 0 0 .5rem; }
-h2 { font-size: 1.3rem; margin: 0 0 .5rem; }
-h3 { font-size: 1.05rem; margin: 0; }
-article h3, h4 { font-size: 1rem; margin: 0 0 .25rem; }
-p { margin: 0 0 .75rem; max-width: 46rem; overflow-wrap: anywhere; }
-code { font-size: .92em; overflow-wrap: anywhere; }
-code span { white-space: nowrap; }
-header p { max-width: none; }
-section { margin-top: 2rem; padding-top: 1.25rem; border-top: 1px solid #ccc; }
-a { color: #004c7f; }
-.quiet { color: #555; font-size: .9rem; }
-.missing { border-left: .25rem solid #999; padding: .1rem 0 .1rem .75rem; color: #333; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1.25rem; }
-.panels { row-gap: .35rem; }
-.panels > * { margin: 0 0 1rem; max-width: 42rem; min-width: 0; display: grid; grid-template-columns: minmax(0, 1fr);
-  grid-row: span 3; grid-template-rows: subgrid; align-content: start; }
-figcaption p { margin: 0; }
-img { display: block; width: 100%; height: auto; }
-table { border-collapse: collapse; width: 100%; margin: 0 0 1rem; table-layout: fixed;
-  font-variant-numeric: tabular-nums; }
-.one table { max-width: 46rem; }
-caption { text-align: left; font-weight: 600; padding-bottom: .4rem; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid #ddd;
-  overflow-wrap: anywhere; }
-thead th, thead td { border-bottom: 2px solid #1c1c1c; }
-thead td { width: 16rem; }
-tbody th { font-weight: 400; color: #444; }
-.differs td { font-weight: 600; }
-.range { color: #555; font-size: .9em; white-space: nowrap; }
-article + h3, p:not(.lead) + h3 { margin-top: 1.75rem; }
-article { margin: 1rem 0 0; padding: .75rem 1rem; border: 1px solid #ccc; border-radius: .35rem; break-inside: avoid; }
-.sides { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 1rem; }
-.side { margin: 0; font-size: .85rem; color: #555; font-weight: 600; }
-.words { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .92rem; unicode-bidi: plaintext; }
-details { font-size: .9rem; }
-summary { cursor: pointer; color: #004c7f; }
-@media (min-width: 60rem) {
-  .one .figure { display: grid; grid-template-columns: minmax(0, 22rem) minmax(0, 1fr); column-gap: 2.5rem; }
-  .one .figure > .panels, .one .figure > .missing { grid-column: 2; grid-row: 1 / span 3; }
-}
-@media (max-width: 44rem) {
-  .sides { grid-template-columns: minmax(0, 1fr); gap: .6rem; }
-  .several table, .several tbody, .several tr, .several tbody th, .several td, .several caption { display: block;
-    width: auto; }
-  .several thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-  .several tbody tr { border-bottom: 1px solid #ddd; padding: .4rem 0; }
-  .several tbody th, .several td { border: 0; padding: 0; }
-  .several tbody th { font-weight: 600; color: #1c1c1c; }
-  .several td { display: grid; grid-template-columns: minmax(0, 9rem) minmax(0, 1fr); column-gap: .75rem; }
-  .several td::before { content: attr(data-run); color: #555; }
-  thead td { width: 9rem; }
-}
-@page { margin: 14mm; }
-@page wide { size: landscape; margin: 9mm 14mm; }
-@media print {
-  html { font-size: 10pt; }
-  body { max-width: none; padding: 0; }
-  body.many { page: wide; }
-  h2, h3, h4, figcaption, .lead { break-after: avoid; }
-  .lead, .figure, figure, img, tr, .missing { break-inside: avoid; }
-  p { orphans: 3; widows: 3; }
-  p { max-width: none; }
-  .one .figure { display: grid; grid-template-columns: minmax(0, 1fr) 10cm; column-gap: 1cm; }
-  .one .figure > .panels, .one .figure > .missing { grid-column: 2; grid-row: 1 / span 3; }
-  .several .panels { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .many .panels { grid-template-columns: repeat(3, minmax(0, 1fr)); max-width: 24cm; }
-  .panels > * { margin-bottom: 0; }
-  section { margin-top: .75rem; padding-top: .6rem; }
-  thead td { width: 12rem; }
-  header a { display: none; }
-  summary { list-style: none; color: #555; }
-}
-"""
+_CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
 def page(runs: Sequence["Run"], figures: Mapping[str, Sequence["Panel"]]) -> str:
