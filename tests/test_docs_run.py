@@ -20,18 +20,19 @@ from test_pairs_batch import answered
 
 from apo_trl import cli, train
 
-# These have tests of their own: the `sh` blocks of the README and of the first steps, and the runs of the evidence.
-OWN_TESTS = [
-    line
-    for name in ("README.md", "docs/start.md")
-    for block in fences(ROOT / name, "sh")
-    for line in block.splitlines()
-]
-OWN_TESTS += [found.text for found in commands(DOCS / "evidence.md") if "--fresh" in found.text]
-SHOWN = {
-    page.name: [found.text for found in commands(page) if not found.inline and found.text not in OWN_TESTS]
-    for page in READ
-}
+
+def shown(page):
+    """The commands in the blocks of a page, but for what has tests of its own.
+
+    Those are the `sh` blocks of the README and of the first steps, and the runs of the evidence.
+    """
+    fenced = [line for block in fences(page, "sh") for line in block.splitlines()]
+    own = fenced if page.name in ("README.md", "start.md") else []
+    lines = [found.text for found in commands(page) if not found.inline]
+    return [line for line in lines if line not in own and "--fresh" not in line]
+
+
+SHOWN = {page.name: shown(page) for page in READ}
 NEEDS_GPU = re.compile(r"#.*\bGPUs?\b")
 
 # What each line has to print or, with a path, to make. In the order of the page; None for what needs a GPU.

@@ -217,7 +217,7 @@ class TestModelCard:
         assert "2408.06266" not in card
 
 
-def test_without_a_config_it_trains_with_apo_zero(model_dir, dataset, monkeypatch, tmp_path):
+def test_without_a_config_it_trains_with_apo_zero(model_dir, dataset, monkeypatch, tmp_path, train):
     # The host's default, bfloat16, needs a GPU; nothing else is changed.
     class OnCPU(APOConfig):
         def __init__(self, output_dir):
