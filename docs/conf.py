@@ -3,6 +3,10 @@
 import re
 from importlib.metadata import version as version_of
 
+from apo_trl.screen import quiet_host
+
+quiet_host()  # autodoc imports the host
+
 project = "apo-trl"
 version = release = version_of("apo-trl")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

@@ -92,12 +92,11 @@ def over_seeds(
 
 
 def _cell(values: list[float], share: bool = False) -> str:
-    low, high = min(values), max(values)
-    mean = statistics.fmean(values)
-    if share:
-        mean, low, high = (f"{100 * value + 1e-9:.0f} %" for value in (mean, low, high))
-        return f"{mean} ({low} to {high})"
-    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+    scale, form = (100, ".0f") if share else (1, "+.1f")
+    mean, low, high = (
+        f"{scale * value + 1e-9:{form}}" for value in (statistics.fmean(values), min(values), max(values))
+    )
+    return f"{mean}{' %' if share else ''} ({low} to {high})"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -254,5 +254,5 @@ def _counts(run: Run) -> str:
 
 
 def plane_reach(points: Sequence[tuple[float, float, str]]) -> float:
-    """Give how far a square around 0 must reach to show all points."""
-    return 1.12 * max([0.1, *(abs(value) for point in points for value in point[:2])])
+    """Give how far a square around 0 must reach to show all points, with room for words in its corners."""
+    return 1.3 * max([0.1, *(abs(value) for point in points for value in point[:2])])
