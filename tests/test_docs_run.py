@@ -15,6 +15,7 @@ import trl
 from chat_server import ChatServer
 from conftest import make_model, make_tokenizer, rows
 from test_cli import BIN, QUICK, command, write
+from test_demo import NEEDS_MODEL
 from test_docs import DOCS, READ, ROOT, commands, fences
 from test_pairs_batch import answered
 
@@ -187,3 +188,21 @@ def test_a_page_can_be_followed(page, workplace, capfd):
             printed = "".join(capfd.readouterr())
             assert status == FAILS.get(line, 0), (line, printed[-2000:])
             assert sign.exists() if isinstance(sign, Path) else sign in printed, (line, printed[-2000:])
+
+
+@pytest.mark.slow
+@NEEDS_MODEL
+@pytest.mark.parametrize(
+    ("script", "options", "sign"),
+    [
+        ("measure_overhead.py", ["--model", "WHAT_IT_STARTED_FROM", "--steps", "1", "--repeats", "1"], "ratio "),
+        ("measure_step.py", ["--layers", "1", "--growth_layers", "0"], "| the head | "),
+        ("draw_losses.py", [], Path("losses.png")),
+    ],
+)
+def test_a_script_runs(script, options, sign, workplace):
+    """Those that pages name for their figures; in a copy, as one writes beside itself."""
+    assert any(script in page.read_text(encoding="utf-8") for page in [*READ, ROOT / "Makefile"])
+    done = command(sys.executable, shutil.copy(DOCS / script, workplace), *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sign.exists() if isinstance(sign, Path) else sign in done.stdout
