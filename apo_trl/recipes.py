@@ -155,7 +155,7 @@ def check(name: str) -> list[Finding]:
         run, _ = parse(["--config", str(path), "--use_cpu"], unpaired=unpaired)
     except ValueError as error:  # an InputError of ours, or what the host's classes refuse
         return [Finding("error", str(error))]
-    return [*_settings(run, unpaired), *_data(run, unpaired)]
+    return list(dict.fromkeys([*_settings(run, unpaired), *_data(run, unpaired)]))  # splits may share a finding
 
 
 def _pairs(path: Path) -> Iterator[Finding]:
