@@ -65,7 +65,7 @@ tags:
 # Preference pairs: {method}
 
 {kept:,} pairs in TRL's conversational format (`prompt`, `chosen`, `rejected`), built by
-[apo-trl](https://pypi.org/project/apo-trl/): {what}. {complete}
+`apo-trl`: {what}. {complete}
 
 Train on them with `apo-trl train RECIPE --dataset_name THIS_FOLDER`.
 
