@@ -110,7 +110,9 @@ def _digest_of(tensors: Iterable[tuple[str, Any]], about: Mapping[str, Any]) -> 
         with _gathered(value):  # by all processes, so there is no leaving early
             try:
                 update_digest(digest, value)
-            except NotImplementedError:  # a meta tensor
+            except NotImplementedError:
+                # A meta tensor, as of offloaded weights, has no bytes to read: then there is no fingerprint, and the
+                # caller warns that nothing is cached.
                 whole = False
     return digest.hexdigest() if whole else None
 

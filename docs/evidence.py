@@ -172,7 +172,7 @@ def main() -> None:
         from apo_trl.screen import quiet_host
 
         quiet_host()
-        disable_progress_bars()  # theirs and ours are of seconds; each run gets a line
+        disable_progress_bars()  # of seconds each; a run gets a line
         disable_progress_bar()
         results = run_all(Lab())
     draw(results)

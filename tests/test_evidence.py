@@ -5,12 +5,10 @@ import json
 import shlex
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
-from test_docs import commands
+from test_docs import DOCS, commands
 
-DOCS = Path(__file__).parent.parent / "docs"
 sys.path.insert(0, str(DOCS))
 
 import evidence
