@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .inputs import InputError
-from .prefix_tree import Tree, plant
+from .prefix_sharing import enable_prefix_sharing, pack
 
 __all__ = ["SHAPES", "Row", "bench", "build_model", "collate", "random_rows", "step", "table"]
 
@@ -72,9 +72,9 @@ def bench(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     network, tokenizer = build_model(model, layers, device, dtype, checkpointing)
     fused = network.forward
-    trees = plant(network)
-    if trees.reason:
-        raise InputError(f"There is nothing to measure: {trees.reason}.")
+    sharing = enable_prefix_sharing(network)
+    if sharing.reason:
+        raise InputError(f"There is nothing to measure: {sharing.reason}.")
     rows = []
     for name, batches in _data(files, tokenizer, network.config.vocab_size, batch_size):
         row = _measure(name, [_to(batch, device) for batch in batches], network, fused, repeats)
@@ -197,8 +197,10 @@ def _measure(name: str, batches: list[dict[str, Tensor]], network: Any, fused: A
             seconds[path], memory[path] = time.perf_counter() - began, _peak_memory(network.device.type)
         ratios.append(seconds["host"] / seconds["ours"])
         peaks.append(memory["ours"] / memory["host"])
-    trees = [Tree(**batch) for batch in batches]
-    saved = sum(tree.padded for tree in trees) / sum(tree.computed for tree in trees)
+    layouts = [pack(**batch) for batch in batches]
+    saved = sum(layout.padded_tokens for layout in layouts if layout) / sum(
+        layout.computed_tokens for layout in layouts if layout
+    )
     return Row(name, saved, statistics.median(ratios), statistics.median(peaks), *differ)
 
 

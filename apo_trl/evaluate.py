@@ -125,7 +125,7 @@ def load_policy(
     from trl.trainer.utils import add_fused_lm_head
 
     from .demo import local_model
-    from .prefix_tree import plant
+    from .prefix_sharing import enable_prefix_sharing
 
     name = local_model(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -139,7 +139,7 @@ def load_policy(
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{flag} {name} cannot be loaded: {lines[0][:200].rstrip('.;:')}.") from error
     add_fused_lm_head(model.get_base_model() if adapter else model)
-    plant(model)
+    enable_prefix_sharing(model)
     return model, tokenizer
 
 

@@ -58,7 +58,7 @@ def reference_fingerprint(trainer: Any) -> str | None:
         "format": _FORMAT,
         "model": type(model).__name__,
         "config": _settings(model.config.to_dict()),
-        "attention": str(model.config._attn_implementation).removeprefix("prefix_tree_"),  # the same function
+        "attention": str(model.config._attn_implementation).removeprefix("prefix_sharing_"),  # the same function
         "precision": [accelerator.mixed_precision],
         "device": accelerator.device.type,
         "versions": [transformers.__version__, trl.__version__],

@@ -41,7 +41,7 @@ __all__ = ["check_cache_dir", "pair_key", "with_reference"]
 logger = get_logger(__name__)
 
 _COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-_NOT_SCORED = {*_COLUMNS, "chosen_wins"}
+_NOT_SCORED = {*_COLUMNS, "chosen_wins", "packed_batch"}
 
 
 def with_reference(trainer: Any, dataset: Dataset, name: str, batch_size: int) -> Dataset:

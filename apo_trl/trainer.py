@@ -10,13 +10,11 @@ Left out on purpose: a registry. TRL does not want one, and `LOSSES` is a dict.
 """
 
 import contextlib
-import copy
 import functools
 import inspect
 import textwrap
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,9 +34,9 @@ from .dataset import (
     without_useless,
 )
 from .inputs import InputError, split_conversation, useless
-from .losses import LOSSES, PER_TOKEN
-from .metrics import largest_slope, pair_metrics
-from .prefix_tree import plant
+from .losses import LOSSES
+from .metrics import Saturation, pair_metrics
+from .prefix_sharing import PackingCollator, PrefixSharing, dropout_names, enable_prefix_sharing
 from .reference import check_cache_dir, with_reference
 from .sampling import PromptGroupedSampler
 
@@ -46,6 +44,7 @@ __all__ = ["APOTrainer", "register", "unregister"]
 
 logger = get_logger(__name__)
 
+_PARALLELISM = {"tp": "tensor", "cp": "context", "sp": "sequence"}
 _ANCHORED = {name for name in LOSSES if name.startswith("apo_")}
 _PAPER = {
     "title": "Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
@@ -72,7 +71,7 @@ class _AnchoredTrainer(DPOTrainer):
     # Attributes of the host that are set here.
     data_collator: Any
     loss_types: list[str]
-    loss_weights: list[float]
+    loss_weights: list[Any]
     precompute_ref_logps: bool
 
     _reference_fingerprint: tuple[int, str | None] | None = None  # at which step, by `reference.py`
@@ -104,19 +103,44 @@ class _AnchoredTrainer(DPOTrainer):
 
         with _without_padding_free(config):
             super().__init__(*given.args[1:], **given.kwargs)
-        self._trees = None
+        self._sharing = None
         if self.args.padding_free:
-            self._trees = plant(self.accelerator.unwrap_model(self.model))
-            if self.ref_model is not None:
-                plant(self.accelerator.unwrap_model(self.ref_model))
+            self._sharing = PrefixSharing(self._padded_reason(), all_agree=self._all_agree)
+            models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
+            unwrapped = (self.accelerator.unwrap_model(model, keep_torch_compile=False) for model in models)
+            enable_prefix_sharing(*unwrapped, sharing=self._sharing)
+            # A dispatching loader joins the batches of all processes, tensor by tensor.
+            if not self._sharing.reason and not self.args.accelerator_config.dispatch_batches:
+                self.data_collator = PackingCollator(self.data_collator)
 
         self.loss_terms: list[tuple[str, float]] = list(zip(self.loss_types, self.loss_weights, strict=True))
-        host_terms = [(name, weight) for name, weight in self.loss_terms if name not in OUR_LOSSES]
-        self.loss_types = [name for name, _ in host_terms]
-        self.loss_weights = [weight for _, weight in host_terms]
-        self._largest_slopes: dict[str, float] = {}
+        theirs = [(name, weight) for name, weight in self.loss_terms if name not in OUR_LOSSES]
+        self.loss_types = [name for name, _ in theirs]
+        self.loss_weights = [weight for _, weight in theirs]
+        if len(self.loss_terms) > 1:
+            self.loss_weights = [_RecordingWeight(weight) for weight in self.loss_weights]
+        self._saturation = Saturation.of([name for name, _ in self.loss_terms], self.args)
         if needs_wins:
             self.data_collator = CollatorWithWins(self.data_collator)
+
+    def _padded_reason(self) -> str:
+        """Return which setting of the run needs padded batches, or an empty string."""
+        if self.aux_loss_enabled:
+            return "the router's auxiliary loss needs the padded batch"
+        if self.args.neftune_noise_alpha:
+            return "neftune_noise_alpha scales its noise by the padded length"
+        if names := dropout_names(self.model):
+            return (
+                f"dropout is on ({', '.join(names)}) and would be drawn for the packed batch; set disable_dropout=True"
+            )
+        parallelism = self.accelerator.parallelism_config
+        for kind in ("tp", "cp", "sp"):
+            if getattr(parallelism, f"{kind}_size", 1) > 1:
+                return f"{_PARALLELISM[kind]} parallelism splits the padded batch"
+        return ""
+
+    def _all_agree(self, agreed: bool) -> bool:
+        return bool(self.accelerator.gather(torch.tensor([agreed], device=self.accelerator.device)).all())
 
     # Data: rows are checked as they arrive, pairs that teach nothing are left out, `chosen_wins` reaches the batch.
 
@@ -192,16 +216,14 @@ class _AnchoredTrainer(DPOTrainer):
         loss, outputs = result if return_outputs else (result, None)
 
         pairs = self._pairs(policy.outputs, inputs, wins)
-        values = {}
+        terms = {}
         for name, weight in self.loss_terms:
             if name in OUR_LOSSES:
-                values[name] = self._our_loss(name, pairs).mean()
-                loss = loss + weight * values[name]
+                terms[name] = self._our_loss(name, pairs).mean()
+                loss = loss + weight * terms[name]
         if len(self.loss_terms) > 1:
-            with torch.no_grad():
-                values |= {name: self._host_loss(name, policy.outputs, inputs) for name in self.loss_types}
-            self._log_means({f"loss/{name}": value.detach() for name, value in values.items()})
-        self._log_pairs({name: value.detach() for name, value in pairs.items()})
+            terms |= {name: weight.term for name, weight in zip(self.loss_types, self.loss_weights, strict=True)}
+        self._log_pairs({name: value.detach() for name, value in pairs.items()}, terms)
         return (loss, outputs) if return_outputs else loss
 
     def _pairs(self, outputs: Any, inputs: dict[str, Any], wins: Tensor | None) -> dict[str, Tensor]:
@@ -226,82 +248,22 @@ class _AnchoredTrainer(DPOTrainer):
         wanted = inspect.signature(OUR_LOSSES[name]).parameters
         return OUR_LOSSES[name](**{key: value for key, value in pairs.items() if key in wanted}, beta=self.beta)
 
-    def _host_loss(self, name: str, outputs: Any, inputs: dict[str, Any], **settings: Any) -> Tensor:
-        """Have the host compute one of its losses over outputs that are there already; its metrics go nowhere.
+    # Metrics: gathered over processes as TRL gathers its own, and read from the device all at once.
 
-        The host has no function for a single loss, so a shallow copy of the trainer is set to that one and asked.
-        """
-        alone = copy.copy(self)
-        alone.loss_types, alone.loss_weights = [name], [1.0]
-        alone.precompute_ref_logps, alone.aux_loss_enabled = True, False
-        alone._metrics = {mode: defaultdict(list) for mode in self._metrics}
-        alone.accelerator = SimpleNamespace(device=self.accelerator.device, gather=_same, gather_for_metrics=_same)
-        alone.__dict__.update(settings)
-        loss: Tensor = super(_AnchoredTrainer, alone)._compute_loss(lambda **_: outputs, inputs, False)
-        return loss
-
-    # Metrics: gathered over processes as the host gathers its own.
-
-    def _log_pairs(self, pairs: dict[str, Tensor]) -> None:
+    def _log_pairs(self, pairs: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
+        ratios = pairs["chosen_logratios"]
         metrics = pair_metrics(**{key: value for key, value in pairs.items() if key != "chosen_wins"})
-        metrics["saturated"] = self._saturated(pairs)
-        if self._trees is not None and not self._trees.reason:
-            metrics["tokens_saved"] = torch.full_like(pairs["chosen_logratios"], self._trees.saved)
-        self._log_means({f"apo/{name}": value for name, value in metrics.items()})
-
-    def _log_means(self, values: dict[str, Tensor]) -> None:
-        rows = torch.stack([value.reshape(-1).float() for value in values.values()], dim=1)
+        if self._saturation is not None:
+            metrics["saturated"] = self._saturation(pairs)
+        if self._sharing is not None and not self._sharing.reason:
+            metrics["tokens_saved"] = torch.full_like(ratios, self._sharing.tokens_saved)
+        values = {f"apo/{name}": value for name, value in metrics.items()}
+        if len(terms) > 1:
+            values |= {f"loss/{name}": term.detach().expand_as(ratios) for name, term in terms.items()}
+        rows = torch.stack([value.float() for value in values.values()], dim=1)
         mode = "train" if self.model.training else "eval"
         for name, mean in zip(values, self.accelerator.gather(rows).mean(dim=0).tolist(), strict=True):
             self._metrics[mode][name].append(mean)
-
-    def _saturated(self, pairs: dict[str, Tensor]) -> Tensor:
-        """Mark the pairs on which every preference loss of the mixture has lost 99 % of its largest slope.
-
-        `sft` does not count: it looks at the chosen answer alone and pulls equally hard everywhere.
-        """
-        names = [name for name, _ in self.loss_terms if name != "sft"]
-        saturated = torch.full_like(pairs["chosen_logratios"], bool(names), dtype=torch.bool)
-        for name in names:
-            if name not in self._largest_slopes:
-                slopes = functools.partial(self._slopes, name)
-                self._largest_slopes[name] = largest_slope(slopes, beta=self.beta)
-            ratios = [
-                pairs[f"{side}_logratios"] / (pairs[f"{side}_lengths"].clamp(min=1) if name in PER_TOKEN else 1)
-                for side in ("chosen", "rejected")
-            ]
-            slope = self._slopes(name, ratios[0], ratios[1], pairs.get("chosen_wins"))
-            saturated &= slope < 0.01 * self._largest_slopes[name]
-        return saturated.float()
-
-    def _slopes(self, name: str, chosen: Tensor, rejected: Tensor, wins: Tensor | None = None) -> Tensor:
-        """Measure the gradient of a loss with respect to each pair's two log-ratios, as its length: all (pairs,).
-
-        The host is asked with completions of one token each, whose log-probs are the log-ratios.
-        """
-        device = self.accelerator.device
-        with torch.enable_grad():
-            ratios = torch.stack([chosen, rejected]).to(device, torch.float32).requires_grad_()
-            ones = torch.ones_like(ratios[0])
-            if name in OUR_LOSSES:
-                pairs = {"chosen_logratios": ratios[0], "rejected_logratios": ratios[1]}
-                pairs |= {
-                    "chosen_lengths": ones,
-                    "rejected_lengths": ones,
-                    "chosen_wins": ones if wins is None else wins,
-                }
-                loss = self._our_loss(name, pairs).sum()
-            else:
-                zeros = torch.zeros_like(ratios).reshape(-1, 1)
-                outputs = SimpleNamespace(
-                    log_probs=ratios.reshape(-1, 1), entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
-                )
-                prompt_and_token = torch.tensor([0, 1], device=device).repeat(len(zeros), 1)
-                inputs = dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), prompt_and_token)
-                inputs |= dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), torch.zeros_like(ones))
-                loss = self._host_loss(name, outputs, inputs, ld_alpha=None, use_weighting=False) * len(ones)
-            slopes: Tensor = torch.autograd.grad(loss, ratios)[0].norm(dim=0)
-            return slopes
 
 
 class APOTrainer(_AnchoredTrainer):
@@ -398,5 +360,16 @@ class _Recorder:
         return outputs
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+class _RecordingWeight:
+    """A weight of one of TRL's losses that keeps what it multiplies, since TRL sums its terms and logs none of them."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        self.term: Any = None
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Multiply a term, whichever side it is on."""
+        weight = next(value for value in args if isinstance(value, cls))
+        weight.term = next(value for value in args if isinstance(value, Tensor)).detach()
+        return function(*(value.weight if isinstance(value, cls) else value for value in args), **(kwargs or {}))

@@ -119,8 +119,8 @@ def _with_points(make_trainer: Any, run: Any) -> tuple[Any, list[tuple[float, fl
     points: list[tuple[float, float]] = []
 
     class Trainer(APOTrainer):
-        def _log_pairs(self, pairs: dict[str, Any]) -> None:
-            super()._log_pairs(pairs)
+        def _log_pairs(self, pairs: dict[str, Any], terms: dict[str, Any]) -> None:
+            super()._log_pairs(pairs, terms)
             if not self.model.training:
                 points.extend(
                     zip(pairs["chosen_logratios"].tolist(), pairs["rejected_logratios"].tolist(), strict=True)

@@ -8,7 +8,7 @@ import transformers
 from conftest import curve, make_model
 from trl.trainer.utils import add_fused_lm_head
 
-from apo_trl.prefix_tree import TESTED, Tree, plant
+from apo_trl.prefix_sharing import TESTED, enable_prefix_sharing, pack
 
 SHAPE = dict(
     vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -76,17 +76,17 @@ def shared():
 def both(model, inputs, weights=None):
     """Outputs and gradients by the host's path, then with each distinct token once."""
     found = []
-    trees = None
+    sharing = None
     for planted in (False, True):
         if planted:
-            trees = plant(model)
+            sharing = enable_prefix_sharing(model)
         model.zero_grad()
         outputs = model(**inputs, fused_lm_head=True, use_cache=False)
         weights = torch.randn_like(outputs.log_probs) if weights is None else weights
         (outputs.log_probs * weights).sum().backward()
         grads = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
         found.append((outputs, grads))
-    return *found, trees
+    return *found, sharing
 
 
 def furthest(one, other) -> tuple[float, float]:
@@ -101,10 +101,10 @@ def furthest(one, other) -> tuple[float, float]:
 def test_log_probs_and_gradients_are_the_hosts(name):
     model = make(MODELS[name]())
     assert model.config.model_type in TESTED
-    host, ours, trees = both(model, batch(shared()))
-    assert trees.reason == ""
+    host, ours, sharing = both(model, batch(shared()))
+    assert sharing.reason == ""
     # By hand: 12 of prompt, 5 + 6 + 3 of two answers with one start, 9, and 4 + 4 + 7; padded, 6 rows of 23.
-    assert trees.saved == pytest.approx(6 * 23 / (12 + 5 + 6 + 3 + 9 + 4 + 4 + 7))
+    assert sharing.tokens_saved == pytest.approx(6 * 23 / (12 + 5 + 6 + 3 + 9 + 4 + 4 + 7))
     logps, grads = furthest(host, ours)
     assert logps < 1e-5
     assert grads < 1e-5
@@ -138,10 +138,10 @@ ODD = {
 @pytest.mark.parametrize("left", [False, True], ids=["padded right", "padded left"])
 @pytest.mark.parametrize("name", ODD)
 def test_odd_batches(name, left):
-    host, ours, trees = both(make(MODELS["llama"]()), batch(ODD[name](tokens(6, 5, 4)), left))
+    host, ours, sharing = both(make(MODELS["llama"]()), batch(ODD[name](tokens(6, 5, 4)), left))
     logps, grads = furthest(host, ours)
     assert max(logps, grads) < 1e-5
-    assert trees.saved >= 1
+    assert sharing.tokens_saved >= 1
 
 
 def test_a_batch_without_answers_is_a_differentiable_zero():
@@ -154,8 +154,8 @@ def test_each_implementation_of_attention(implementation):
     config = MODELS["llama"]()
     config._attn_implementation = implementation
     model = make(config)
-    host, ours, trees = both(model, batch(shared()))
-    assert trees.reason == ""
+    host, ours, sharing = both(model, batch(shared()))
+    assert sharing.reason == ""
     assert max(furthest(host, ours)) < 1e-5
 
 
@@ -163,7 +163,7 @@ def test_generation_and_plain_calls_stay_as_they_are():
     model = make(MODELS["llama"]())
     ids = torch.tensor(tokens(8))
     before = model.generate(ids, max_new_tokens=8, do_sample=False), model(ids).logits
-    plant(model)
+    enable_prefix_sharing(model)
     after = model.generate(ids, max_new_tokens=8, do_sample=False), model(ids).logits
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[1], after[1])
@@ -171,7 +171,7 @@ def test_generation_and_plain_calls_stay_as_they_are():
 
 def test_a_copy_of_the_model_computes_with_its_own_weights():
     model = make(MODELS["llama"]())
-    plant(model)
+    enable_prefix_sharing(model)
     inputs = {**batch(shared()), "fused_lm_head": True, "use_cache": False}
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -192,9 +192,9 @@ def test_a_second_trainer_of_the_same_model(train, model_dir):
 
 def test_what_is_saved_knows_nothing_of_it(tmp_path):
     model = make(MODELS["llama"]())
-    plant(model)
+    enable_prefix_sharing(model)
     model.save_pretrained(tmp_path)
-    assert "prefix_tree" not in (tmp_path / "config.json").read_text()
+    assert "prefix_sharing" not in (tmp_path / "config.json").read_text()
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 
@@ -218,14 +218,14 @@ def test_activation_checkpointing(reentrant):
         model.enable_input_require_grads()
     torch.manual_seed(1)
     weights = torch.randn_like(host[0].log_probs)
-    one, two, trees = both(model, batch(shared()), weights)
-    assert trees.reason == ""
+    one, two, sharing = both(model, batch(shared()), weights)
+    assert sharing.reason == ""
     assert max(furthest(one, two)) < 1e-5
 
 
 REFUSED = {
     "the model caps attention logits": lambda: transformers.Gemma2Config(**SHAPE, head_dim=8),
-    "the model has layers that are no attention (conv)": lambda: transformers.Lfm2Config(
+    "the model has layers that are not attention (conv)": lambda: transformers.Lfm2Config(
         **SHAPE, layer_types=["conv", "full_attention"]
     ),
     "the router's auxiliary loss needs the padded batch": lambda: transformers.Qwen3MoeConfig(
@@ -238,8 +238,8 @@ REFUSED = {
 def test_a_model_that_cannot_is_left_to_the_host_with_one_warning(reason, caplog):
     model = make(REFUSED[reason]())
     before = model(**batch(shared()), fused_lm_head=True, use_cache=False).log_probs
-    trees = plant(model)
-    assert trees.reason == reason
+    sharing = enable_prefix_sharing(model)
+    assert sharing.reason == reason
     (record,) = [record for record in caplog.records if "padding_free" in record.message]
     assert reason in record.message
     assert torch.equal(before, model(**batch(shared()), fused_lm_head=True, use_cache=False).log_probs)
@@ -247,14 +247,14 @@ def test_a_model_that_cannot_is_left_to_the_host_with_one_warning(reason, caplog
 
 def test_an_unknown_architecture_is_compared_on_its_first_batch(monkeypatch, caplog):
     model = make(transformers.MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2))
-    host, ours, trees = both(model, batch(shared()))
-    assert (trees.checked, trees.reason) == (True, "")
+    host, ours, sharing = both(model, batch(shared()))
+    assert (sharing.checked, sharing.reason) == (True, "")
     assert max(furthest(host, ours)) < 1e-5
     # The same with an attention that sees too much: noticed, told once, and the host's results given.
     model = make(transformers.MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2))
     monkeypatch.setattr(Tree, "_mask", lambda self, number, piece, window: torch.ones(1, 1, 1, 1, dtype=torch.bool))
-    host, ours, trees = both(model, batch(shared()))
-    assert "differ from the host's" in trees.reason
+    host, ours, sharing = both(model, batch(shared()))
+    assert "differ from the host's" in sharing.reason
     assert furthest(host, ours) == (0, 0)
     assert len([record for record in caplog.records if "padding_free" in record.message]) == 1
 
@@ -356,8 +356,8 @@ class TestTraining:
 def test_on_a_gpu(name):
     model = make(MODELS[name]()).cuda()
     inputs = {key: value.cuda() for key, value in batch(shared()).items()}
-    host, ours, trees = both(model, inputs)
-    assert trees.reason == ""
+    host, ours, sharing = both(model, inputs)
+    assert sharing.reason == ""
     assert max(furthest(host, ours)) < 1e-4
 
 

@@ -1,0 +1,215 @@
+"""The packed layout of a batch: each distinct token once, and the indices that attention and the head read.
+
+The rows, sorted by their tokens, form a tree: each row adds the tokens after its longest common prefix with the row
+before it. The added tokens of all rows are the packed sequence; a row's path is where its tokens are packed.
+All of it is array arithmetic on the host; one copy moves it to the device.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["PackedBatch", "PackingCollator", "common_prefix_length", "pack"]
+
+Ints = NDArray[np.int64]
+
+
+class PackedBatch:
+    """The layout of one batch, with everything a forward over its packed sequence needs.
+
+    `P` packed tokens, `N` rows that add tokens, `K` keys (the tokens of these rows' paths, one path after another), `S`
+    distinct questions (a packed position and the token that comes next), `L` labelled positions of the padded batch.
+
+    Attributes:
+        input_ids: Packed tokens, shape (1, P).
+        position_ids: Position of each packed token in its own row, shape (1, P).
+        gather_index: For each key, the packed token it is, shape (K,).
+        cu_seq_lens_q: Where the queries of each row begin in the packed sequence, int32, shape (N + 1,).
+        cu_seq_lens_k: Where the keys of each row begin, int32, shape (N + 1,).
+        question_index: The packed token whose hidden state answers each question, shape (S,).
+        targets: The token that comes next, shape (1, S).
+        label_index: Where each label lies in the flattened (rows, T - 1) of shifted labels, shape (L,).
+        answer_index: Which question each label asks, shape (L,).
+        query_lengths, key_lengths: Added tokens and path length of each row, as Python numbers.
+        shape: Shape (rows, T) of the padded batch.
+    """
+
+    _FIELDS = (
+        "input_ids", "position_ids", "gather_index", "cu_seq_lens_q", "cu_seq_lens_k", "question_index", "targets",
+        "label_index", "answer_index",
+    )  # fmt: skip
+    input_ids: Tensor
+    position_ids: Tensor
+    gather_index: Tensor
+    cu_seq_lens_q: Tensor
+    cu_seq_lens_k: Tensor
+    question_index: Tensor
+    targets: Tensor
+    label_index: Tensor
+    answer_index: Tensor
+
+    def __init__(self, numbers: Tensor, sizes: Sequence[int], query_lengths: Ints, key_lengths: Ints, shape: Any):
+        self.query_lengths: list[int] = query_lengths.tolist()
+        self.key_lengths: list[int] = key_lengths.tolist()
+        self.shape = (int(shape[0]), int(shape[1]))
+        self._sizes = list(sizes)
+        self.attention_calls = 0  # of the last forward, with the kernel and precision that computed it
+        self.kernel, self.dtype = "", torch.float32
+        self.plans: dict[Any, Any] = {}
+        self._set(numbers)
+
+    def _set(self, numbers: Tensor) -> None:
+        self._numbers = numbers
+        for name, value in zip(self._FIELDS, torch.split(numbers, self._sizes), strict=True):
+            setattr(self, name, value)
+        self.input_ids, self.position_ids, self.targets = (
+            self.input_ids[None],
+            self.position_ids[None],
+            self.targets[None],
+        )
+        self.cu_seq_lens_q, self.cu_seq_lens_k = self.cu_seq_lens_q.int(), self.cu_seq_lens_k.int()
+
+    @property
+    def max_length_q(self) -> int:
+        """The largest number of tokens that a row adds."""
+        return max(self.query_lengths)
+
+    @property
+    def max_length_k(self) -> int:
+        """The longest path: the longest row."""
+        return max(self.key_lengths)
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens of the packed sequence."""
+        return self.input_ids.numel()
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens of the padded batch, padding included."""
+        return self.shape[0] * self.shape[1]
+
+    def pin_memory(self) -> "PackedBatch":
+        """Move the indices to page-locked memory; called by PyTorch's data loader."""
+        self._set(self._numbers.pin_memory())
+        return self
+
+    def to(self, device: Any, non_blocking: bool = True) -> "PackedBatch":
+        """Move the indices to a device by one copy, without waiting for it. Called by accelerate's data loader."""
+        device = torch.device(device)
+        if self._numbers.device != device and (device.index is not None or self._numbers.device.type != device.type):
+            numbers = self._numbers
+            if device.type == "cuda" and numbers.device.type == "cpu" and not numbers.is_pinned():
+                numbers = numbers.pin_memory()
+            self._set(numbers.to(device, non_blocking=True))
+        return self
+
+
+def pack(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> PackedBatch | None:
+    """Build the layout of a padded batch.
+
+    Args:
+        input_ids: Tokens, shape (rows, T), on any device.
+        attention_mask: 1 where there is a token, shape (rows, T), or None where all are; padding may be on either side.
+        labels: -100 where a token is not scored, shape (rows, T).
+
+    Returns:
+        The layout, on the device of `input_ids`, or None for a batch that cannot be packed: nothing is scored, or a
+        scored token has no token before it.
+    """
+    device = input_ids.device
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
+    host = torch.stack([input_ids, real, labels]).cpu().numpy()  # one copy: each would wait for the device
+    packed = _pack(host[0], host[1] != 0, host[2] != -100)
+    return None if packed is None else packed.to(device)
+
+
+def _pack(ids: Ints, real: NDArray[np.bool_], scored: NDArray[np.bool_]) -> PackedBatch | None:
+    rows, width = ids.shape
+    lengths = real.sum(1)
+    column_in_row = real.cumsum(1) - 1
+    scored = scored.copy()
+    scored[:, 0] = False
+    if not scored.any() or (scored & ~(real & (column_in_row > 0))).any():
+        return None
+
+    # Rows without padding in front or between, sorted, with the length of the prefix shared with the row before.
+    columns = np.arange(width)
+    tokens = np.where(real, ids, -1)
+    if (real != (columns < lengths[:, None])).any():
+        tokens = np.full_like(ids, -1)
+        tokens[columns < lengths[:, None]] = ids[real]
+    big_endian = tokens.astype(">u4")  # whose bytes sort as the numbers do
+    keys = [row[:length].tobytes() for row, length in zip(big_endian, lengths, strict=True)]
+    order = np.array(sorted(range(rows), key=keys.__getitem__))
+    tokens, lengths = tokens[order], lengths[order]
+    shared = np.zeros(rows, dtype=np.int64)
+    differ = tokens[1:] != tokens[:-1]
+    shared[1:] = np.where(differ.any(1), differ.argmax(1), width)
+    shared[1:] = np.minimum(shared[1:], np.minimum(lengths[1:], lengths[:-1]))
+
+    # Where each token of each row is packed: its own place, or the last place that a row before it took in that column.
+    added = (columns >= shared[:, None]) & (columns < lengths[:, None])
+    query_lengths = lengths - shared
+    starts = query_lengths.cumsum() - query_lengths
+    places = np.maximum.accumulate(np.where(added, starts[:, None] + columns - shared[:, None], -1), axis=0)
+    adds = query_lengths > 0
+    paths = places[adds][columns < lengths[adds, None]]
+    query_lengths, key_lengths = query_lengths[adds], lengths[adds]
+
+    # A scored token asks its predecessor; a packed token has one predecessor, so its place numbers the question.
+    row_of = np.empty(rows, dtype=np.int64)
+    row_of[order] = np.arange(rows)
+    row, column = scored.nonzero()
+    at = column_in_row[row, column]
+    asking, asked = places[row_of[row], at], places[row_of[row], at - 1]
+    packed = tokens[added]
+    is_asking = np.zeros(len(packed), dtype=bool)
+    is_asking[asking] = True
+    predecessor = np.empty(len(packed), dtype=np.int64)
+    predecessor[asking] = asked
+    parts = (
+        packed,
+        added.nonzero()[1],
+        paths,
+        np.append(0, query_lengths.cumsum()),
+        np.append(0, key_lengths.cumsum()),
+        predecessor[is_asking],
+        packed[is_asking],
+        row * (width - 1) + column - 1,
+        (is_asking.cumsum() - 1)[asking],
+    )
+    numbers = torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
+    return PackedBatch(numbers, [len(part) for part in parts], query_lengths, key_lengths, ids.shape)
+
+
+def common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin with in common."""
+    length = min(len(one), len(other))
+    differ = np.asarray(one[:length]) != np.asarray(other[:length])
+    return int(differ.argmax()) if differ.any() else length
+
+
+@dataclass
+class PackingCollator:
+    """A collator that lays out the batches of another one, on the host: in the workers of the loader if it has any.
+
+    The layout travels in the batch as `packed_batch`; a batch that cannot be packed has none.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], Any]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        """Collate, and add the layout."""
+        batch = self.collator(examples)
+        if "input_ids" in batch and "completion_mask" in batch:
+            labels = batch["completion_mask"] - 1  # scored where it is not negative: only that is looked at
+            packed = pack(batch["input_ids"], batch.get("attention_mask"), labels.masked_fill(labels < 0, -100))
+            if packed is not None:
+                batch["packed_batch"] = packed
+        return batch
