@@ -81,7 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench.add_argument("--model", help="a model whose shape is taken, with random weights (default: SmolLM2-135M)")
     bench.add_argument("--layers", type=positive, help="only so many of its layers")
     bench.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    bench.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    bench.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="(default: float32; bfloat16 for large models)"
+    )
+    bench.add_argument("--attention", default="sdpa", help="attn_implementation of both sides (default: %(default)s)")
+    bench.add_argument("--only", metavar="TEXT", help="only the rows whose name contains this")
     bench.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
     bench.add_argument("--batch_size", type=positive, default=2, help="pairs (default: %(default)s)")
     bench.add_argument("--repeats", type=positive, default=5, help="of which the median is told (default: %(default)s)")
@@ -170,11 +174,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _bench(options: argparse.Namespace) -> None:
     quiet_host()
-    from .bench import bench, table
+    from .bench import bench, layout_times, table
     from .files import write_json
 
     rows = bench(**_settings(options, "json"))
     print(table(rows))
+    for name, milliseconds in layout_times().items():
+        print(f"Layout of {name}: {milliseconds:.1f} ms on the host.")
     if options.json:
         write_json(Path(options.json), [row._asdict() for row in rows])
 

@@ -14,7 +14,9 @@ __all__ = [
     "HOST_LOSSES",
     "OUR_LOSSES",
     "SMOOTHED",
+    "WHOLE_BATCH",
     "APOConfig",
+    "balances_tokens",
     "check_config",
     "groups_prompts",
     "keeps_all",
@@ -32,6 +34,9 @@ OUR_LOSSES = {name: loss for name, loss in LOSSES.items() if name not in HOST_LO
 SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}
 """The losses that read `label_smoothing`."""
 
+WHOLE_BATCH = {"aot", "aot_unpaired", "sft"}
+"""The losses that depend on which pairs share a micro-batch: they sort it, or average over its tokens."""
+
 
 @dataclass
 class APOConfig(DPOConfig):
@@ -46,6 +51,10 @@ class APOConfig(DPOConfig):
         group_by_prompt (`bool`, *optional*, defaults to `False`):
             Let pairs of one prompt meet in one batch, where `padding_free` computes their prompt, and answers that
             they share, once. Every batch is as large as before and every row comes once an epoch.
+        balance_tokens (`bool`, *optional*, defaults to `True`):
+            With `padding_free`, spread the pairs of each optimizer step over processes and micro-steps such that all
+            compute nearly the same number of distinct tokens. Every step keeps its pairs, so losses and weights stay
+            the same. No effect with one process and `gradient_accumulation_steps=1`.
         keep_degenerate_pairs (`bool`, *optional*, defaults to `False`):
             Keep pairs that can teach nothing (chosen equals rejected, before or after truncation, or a completion is
             empty) instead of leaving them out with a warning that counts them.
@@ -76,6 +85,14 @@ class APOConfig(DPOConfig):
         metadata={
             "help": "Let pairs of one prompt meet in one batch, where padding_free computes their prompt, and answers "
             "that they share, once. Every batch is as large as before and every row comes once an epoch."
+        },
+    )
+    balance_tokens: bool = field(
+        default=True,
+        metadata={
+            "help": "With padding_free, spread the pairs of each optimizer step over processes and micro-steps such "
+            "that all compute nearly the same number of distinct tokens. Every step keeps its pairs, so losses and "
+            "weights stay the same. No effect with one process and gradient_accumulation_steps=1."
         },
     )
     keep_degenerate_pairs: bool = field(
@@ -140,6 +157,12 @@ def _other_order(config: DPOConfig) -> str:
 def groups_prompts(config: DPOConfig | None) -> bool:
     """Say whether the user asked for pairs of one prompt in one batch."""
     return isinstance(config, APOConfig) and config.group_by_prompt
+
+
+def balances_tokens(config: DPOConfig) -> bool:
+    """Return whether the pairs of an optimizer step may be spread over its micro-batches by their tokens."""
+    wanted = isinstance(config, APOConfig) and config.balance_tokens and config.padding_free
+    return wanted and not WHOLE_BATCH.intersection(loss_names(config))
 
 
 def keeps_all(config: DPOConfig | None) -> bool:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["InputError", "check_rows", "nearest", "positive", "row_fault", "split_conversation", "useless"]
+__all__ = ["InputError", "nearest", "positive", "row_fault", "split_conversation", "useless"]
 
 
 class InputError(ValueError):
@@ -75,28 +75,6 @@ def _wins_fault(row: Mapping[str, Any]) -> str | None:
     if math.isnan(wins) or not 0 <= wins <= 1:
         return f"has chosen_wins={wins}; {rule}"
     return None
-
-
-def check_rows(dataset: Any, name: str, *, needs_wins: bool = False) -> None:
-    """Raise InputError for the first row of a `datasets.Dataset` that training could not use.
-
-    `name` is what the message calls the dataset ("train", "eval").
-    """
-    columns = list(dataset.column_names)
-    needed = ["chosen", "rejected", *(["chosen_wins"] if needs_wins else [])]
-    for column in needed:
-        if column not in columns:
-            why = ", which the loss 'apo_blend' needs" if column == "chosen_wins" else ""
-            raise InputError(
-                f"The {name} dataset has no column '{column}'{why}; its columns are {columns}."
-                f"{nearest(column, columns)} Add it, or rename one with `dataset.rename_column`."
-            )
-    if len(dataset) == 0:
-        raise InputError(f"The {name} dataset has no rows; give it at least one pair.")
-    read = [column for column in ("prompt", *needed) if column in columns]
-    for number, row in enumerate(dataset.select_columns(read)):
-        if fault := row_fault(row, needs_wins=needs_wins):
-            raise InputError(f"Row {number} of the {name} dataset {fault}.")
 
 
 def useless(

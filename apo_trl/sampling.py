@@ -7,7 +7,9 @@ whom changes.
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 __all__ = ["PromptGroupedSampler"]
@@ -35,8 +37,16 @@ class PromptGroupedSampler(Sampler[int]):
     def __len__(self) -> int:
         return sum(map(len, self._groups))
 
+    @property
+    def group_of(self) -> NDArray[np.int64]:
+        """The number of each row's prompt, shape (rows,)."""
+        numbers = np.empty(len(self), dtype=np.int64)
+        for number, rows in enumerate(self._groups):
+            numbers[rows] = number
+        return numbers
+
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle anew for an epoch; called by the host."""
+        """Set the epoch, which decides the order; called by accelerate."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

@@ -15,14 +15,18 @@ import inspect
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import Tensor
+from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
+from .balance import balanced, forward_epochs
 from .config import OUR_LOSSES, SMOOTHED, APOConfig, check_config, groups_prompts, keeps_all, loss_names
 from .dataset import (
     CollatorWithWins,
@@ -97,9 +101,9 @@ class _AnchoredTrainer(DPOTrainer):
         needs_wins = "apo_blend" in names
         for key in ("train_dataset", "eval_dataset"):
             for name, dataset in named(given.arguments.get(key), key.removesuffix("_dataset")):
-                check_dataset(dataset, name, needs_wins)
+                check_dataset(dataset, name, needs_wins, config)
             if key in given.arguments and not keeps_all(config):
-                given.arguments[key] = screen_vision(given.arguments[key], key.removesuffix("_dataset"))
+                given.arguments[key] = screen_vision(given.arguments[key], key.removesuffix("_dataset"), config)
 
         with _without_padding_free(config):
             super().__init__(*given.args[1:], **given.kwargs)
@@ -153,7 +157,7 @@ class _AnchoredTrainer(DPOTrainer):
             with args.main_process_first(desc="splitting conversations"):
                 dataset = dataset.map(split_conversation)
         before = len(dataset) if isinstance(dataset, Dataset) else 0
-        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        dataset = super()._prepare_dataset(dataset, processing_class, _dpo_settings(args), dataset_name)
         if keeps_all(args):
             return dataset
         reason = functools.partial(
@@ -165,7 +169,7 @@ class _AnchoredTrainer(DPOTrainer):
         if isinstance(dataset, IterableDataset):
             return dataset.filter(StreamFilter(reason, dataset_name))
         too_long = f"the prompt alone fills max_length={args.max_length}"
-        return without_useless(dataset, reason, dataset_name, Counter({too_long: before - len(dataset)}))
+        return without_useless(dataset, reason, dataset_name, Counter({too_long: before - len(dataset)}), args)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if isinstance(dataset, IterableDataset):
@@ -179,17 +183,25 @@ class _AnchoredTrainer(DPOTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not groups_prompts(self.args):
-            return super()._get_train_sampler(dataset)
-        column = "prompt_ids" if "prompt_ids" in dataset.column_names else "prompt"  # of images, TRL keeps the texts
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return PromptGroupedSampler(map(repr, dataset[column]), self.args.train_batch_size, seed)
+        if groups_prompts(self.args):
+            # Of images, TRL keeps the texts.
+            column = "prompt_ids" if "prompt_ids" in dataset.column_names else "prompt"
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = PromptGroupedSampler(map(repr, dataset[column]), self._train_batch_size, seed)
+        else:
+            sampler = super()._get_train_sampler(dataset)
+        packs = self._sharing is not None and not self._sharing.reason
+        return balanced(sampler, dataset, self.args, self._train_batch_size) if packs else sampler
+
+    def get_train_dataloader(self) -> Any:
+        """Build the loader so that the epoch reaches our samplers also when several processes resume in one."""
+        return forward_epochs(super().get_train_dataloader())
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as the host does, after checking the rows of a dataset that is given only now."""
         needs_wins = "apo_blend" in loss_names(self.args)
         for name, dataset in named(eval_dataset, "eval"):
-            check_dataset(dataset, name, needs_wins)
+            check_dataset(dataset, name, needs_wins, self.args)
         metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
 
@@ -332,6 +344,15 @@ def _anchored(cls: type) -> Any:
     """Make the class that `cls` becomes while registered: its own methods first, then ours, then the host's."""
     bases = (_AnchoredTrainer,) if cls is DPOTrainer else (cls, _AnchoredTrainer)
     return type(cls.__name__, bases, {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _dpo_settings(args: DPOConfig) -> Any:
+    """Return the settings that DPO adds to training. TRL's filter of rows is cached by the arguments that it is given.
+
+    With all of them its result, and what is made of it, would be another for each process and each output folder.
+    """
+    added = [field for field in fields(DPOConfig) if field.name not in TrainingArguments.__dataclass_fields__]
+    return SimpleNamespace(**{field.name: getattr(args, field.name) for field in added})
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from apo_trl import bench
-from apo_trl.prefix_tree import Tree, plant
+from apo_trl.prefix_sharing import enable_prefix_sharing, pack
 from apo_trl.screen import quiet_host
 
 # What torch's profiler calls them: TRL's head is one autograd function, attention one operator on each way.
@@ -67,17 +67,17 @@ def main() -> None:
     options = parser.parse_args()
     quiet_host()
 
-    network, _ = bench.build_model(None, options.layers, "cpu", "float32", False)
+    network, _ = bench.build_model(None, options.layers, "float32", "cpu", False)
     fused = network.forward
-    plant(network)
+    enable_prefix_sharing(network)
     batch = batch_of(network, bench.SHAPES["170 / 250 / 250"], 2)
     host, whole = parts(network, fused, batch)
     ours, shorter = parts(network, network.forward, batch)
     began = time.perf_counter()
     for _ in range(20):
-        tree = Tree(**batch)
+        packed = pack(**batch)
     layout = (time.perf_counter() - began) / 20
-    print(f"170 / 250 / 250, 2 pairs, {tree.padded} padded tokens, {tree.computed} computed, {options.layers} layers")
+    print(f"170 / 250 / 250, 2 pairs, {packed.padded_tokens} padded tokens, {packed.computed_tokens} computed, {options.layers} layers")
     print("| part | TRL | ours |\n|---|---:|---:|")
     for part in host:
         print(f"| {part} | {host[part] / whole:.0%} | {ours[part] / whole:.0%} |")
@@ -86,9 +86,9 @@ def main() -> None:
 
     if not options.growth_layers:
         return
-    network, _ = bench.build_model(None, options.growth_layers, "cpu", "float32", False)
+    network, _ = bench.build_model(None, options.growth_layers, "float32", "cpu", False)
     fused = network.forward
-    plant(network)
+    enable_prefix_sharing(network)
     print(f"{options.growth_layers} layers")
     print("| prompt / completions | pairs | tokens saved | step time |\n|---|---:|---:|---:|")
     for prompt, completion, pairs in (
@@ -101,7 +101,7 @@ def main() -> None:
         (120, 120, 8),
     ):
         batch = batch_of(network, bench.Shape(prompt, completion), pairs)
-        tree, seconds = Tree(**batch), {"host": [], "ours": []}
+        packed, seconds = pack(**batch), {"host": [], "ours": []}
         for repeat in range(4):
             for name, forward in (("host", fused), ("ours", network.forward)):
                 began = time.perf_counter()
@@ -109,7 +109,7 @@ def main() -> None:
                 if repeat:
                     seconds[name].append(time.perf_counter() - began)
         ratio = statistics.median(seconds["host"]) / statistics.median(seconds["ours"])
-        print(f"| {prompt} / {completion} | {pairs} | {tree.padded / tree.computed:.2f}x | {ratio:.2f}x |")
+        print(f"| {prompt} / {completion} | {pairs} | {packed.padded_tokens / packed.computed_tokens:.2f}x | {ratio:.2f}x |")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import math
 import pytest
 from datasets import Dataset
 
-from apo_trl.inputs import InputError, check_rows, nearest, row_fault, split_conversation, useless
+from apo_trl.dataset import check_dataset
+from apo_trl.inputs import InputError, nearest, row_fault, split_conversation, useless
 
 
 def says(text):
@@ -62,18 +63,18 @@ def test_bad_chosen_wins(wins):
 def test_the_first_bad_row_is_numbered():
     rows = [GOOD, GOOD, GOOD | {"rejected": None}, GOOD | {"rejected": None}]
     with pytest.raises(InputError, match=r"^Row 2 of the train dataset has no 'rejected'"):
-        check_rows(Dataset.from_list(rows), "train")
+        check_dataset(Dataset.from_list(rows), "train", False)
 
 
 def test_a_missing_column_is_named_with_the_nearest():
     data = Dataset.from_list([GOOD]).rename_column("chosen", "choosen")
     with pytest.raises(InputError, match=r"no column 'chosen'.*Did you mean 'choosen'\?"):
-        check_rows(data, "train")
+        check_dataset(data, "train", False)
 
 
 def test_no_rows():
     with pytest.raises(InputError, match="has no rows"):
-        check_rows(Dataset.from_list([GOOD]).select([]), "eval")
+        check_dataset(Dataset.from_list([GOOD]).select([]), "eval", False)
 
 
 def test_nearest():

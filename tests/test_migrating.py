@@ -17,7 +17,7 @@ from trl.scripts.dpo import make_parser
 from trl.scripts.utils import DatasetConfig
 
 from apo_trl import APOConfig, InputError
-from apo_trl.inputs import check_rows
+from apo_trl.dataset import check_dataset
 from apo_trl.train import _launcher_options, load_splits, parse
 
 PAGE = DOCS / "migrating.md"
@@ -227,10 +227,10 @@ def test_the_rows_of_axolotl(tmp_path):
         data = load_dataset("json", data_files=str(tmp_path / "file.jsonl"), split="train")
         if kind == "chat_template.default":
             with pytest.raises(InputError, match="has dict as 'chosen'"):
-                check_rows(data, "train")
+                check_dataset(data, "train", False)
             data = data.map(names["from_messages"])
         elif kind not in ("chat_template.argilla_chat", "chatml.ultra"):
             data = data.map(names["from_texts"], fn_kwargs=more.get(kind))
         if kind != "chat_template.argilla_chat":
             data = data.select_columns(["prompt", "chosen", "rejected"])
-        check_rows(data, "train")
+        check_dataset(data, "train", False)

@@ -1,6 +1,9 @@
 """Through the real trainer: where the host has an answer, ours equals it; where it has none, a worked one."""
 
 import copy
+import functools
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from trl import DPOConfig, DPOTrainer
 
 from apo_trl import APOTrainer
-from apo_trl.config import HOST_LOSSES, OUR_LOSSES
-from apo_trl.losses import LOSSES
+from apo_trl.config import HOST_LOSSES, OUR_LOSSES, SMOOTHED
+from apo_trl.losses import LOSSES, PER_TOKEN
+from apo_trl.metrics import SLOPES, largest_slope
 
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True)
 # transformers 4 rounds what it logs to four digits.
@@ -175,10 +179,12 @@ class TestMixtures:
         assert curve(ours, "loss/sigmoid")[0] == pytest.approx(0.693147, abs=1e-5)
 
     def test_a_term_is_what_it_is_alone(self, train):
-        mixed = train(loss_type=["apo_zero_norm", "apo_zero"], ref_model=make_model(seed=1), steps=1)
-        for name in ("apo_zero_norm", "apo_zero"):
-            alone = train(loss_type=name, ref_model=make_model(seed=1), steps=1)
-            assert curve(mixed, f"loss/{name}")[0] == pytest.approx(curve(alone)[0], rel=CLOSE)
+        names = ["apo_zero_norm", "apo_zero", "sigmoid", "ipo", "aot", "sft", "apo_blend"]
+        settings = {"ref_model": make_model(seed=1), "steps": 1}
+        mixed = train(loss_type=names, loss_weights=[0.5, 1, 2, 3, 0.1, 1, 1], **settings)
+        for name in names:
+            alone = train(loss_type=name, **settings)
+            assert curve(mixed, f"loss/{name}")[0] == pytest.approx(curve(alone)[0], rel=CLOSE), name
 
     def test_a_single_loss_is_not_logged_twice(self, train):
         assert curve(train(loss_type="apo_zero_norm", steps=1), "loss/apo_zero_norm") == []
@@ -257,27 +263,65 @@ def raw_logps(model, ids):
     return torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
 
 
+FIXED = {"beta": 0.1, "smoothing": 0.05, "tau": 0.05}
+SATURATING = {name for name in SLOPES if not math.isnan(largest_slope(functools.partial(SLOPES[name], **FIXED)))}
+LENGTHS = torch.tensor([[1, 3], [4, 2], [2, 2], [1, 1], [3, 1], [2, 4], [4, 4], [3, 2]])  # chosen, rejected
+
+
+def graded(trainer, ratios, wins):
+    """Each pair's gradient with respect to its two log-ratios, of the trainer's own loss for a batch of them."""
+    number = len(ratios)
+    lengths = LENGTHS.T.flatten()
+    scored = torch.arange(LENGTHS.max())[None] < lengths[:, None]
+    log_probs = (ratios.T.flatten() / lengths)[:, None] * scored
+    log_probs = log_probs.requires_grad_()
+    outputs = SimpleNamespace(
+        log_probs=log_probs, entropy=scored * 1.0, mean_logits=scored * 1.0, is_top1=scored,
+        log_sum_sq_probs=scored * 0.0,
+    )  # fmt: skip
+    mask = torch.cat([torch.zeros(2 * number, 1), scored], dim=1).long()
+    inputs = {
+        "input_ids": torch.ones_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask,
+        "ref_chosen_logps": torch.zeros(number), "ref_rejected_logps": torch.zeros(number), "chosen_wins": wins,
+    }  # fmt: skip
+    trainer.precompute_ref_logps = True
+    loss = trainer._compute_loss(lambda **_: outputs, inputs, return_outputs=False)
+    # Each scored token has the gradient of its sum; the loss is a mean over pairs.
+    gradient = torch.autograd.grad(loss, log_probs)[0][:, 0] * number
+    return gradient.view(2, number).T
+
+
+@pytest.mark.parametrize("name", sorted(SLOPES))
+def test_slopes_are_those_of_the_real_loss(train, name):
+    settings = {"beta": 0.3, "discopop_tau": 0.7, **({"label_smoothing": 0.2} if name in SMOOTHED else {})}
+    trainer = train(loss_type=[name], run=False, **settings)
+    generator = torch.Generator().manual_seed(0)
+    for spread in (0.1, 5, 30):
+        ratios = spread * torch.randn(len(LENGTHS), 2, generator=generator, dtype=torch.float64)
+        wins = torch.rand(len(LENGTHS), generator=generator, dtype=torch.float64)
+        gradients = graded(trainer, ratios, wins)
+        per_token = LENGTHS if name in PER_TOKEN else torch.ones_like(LENGTHS)
+        expected = torch.linalg.vector_norm(gradients * per_token, dim=1)
+        rewards = 0.3 * ratios / per_token
+        slope = functools.partial(SLOPES[name], beta=0.3, smoothing=settings.get("label_smoothing", 0), tau=0.7)
+        got = 0.3 * slope(*rewards.unbind(1), wins=wins)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-9, check_dtype=False)
+
+
 @pytest.mark.parametrize("name", [*HOST_LOSSES, *OUR_LOSSES])
 def test_saturation_of_every_loss_at_both_ends(train, name):
     """Near the anchor no pair is saturated; far from it, those of a loss whose slope fades are."""
     trainer = train(loss_type=name, run=False, **NEEDS.get(name, {}))
-    fades = set(LOSSES) | {
-        "sigmoid",
-        "sigmoid_norm",
-        "hinge",
-        "exo_pair",
-        "bco_pair",
-        "aot",
-        "aot_unpaired",
-        "discopop",
-    }
-    fades.add("robust")  # without label smoothing it is `sigmoid`
-    for at, expected in ((0.1, 0.0), (2000.0, float(name in fades))):
+    assert (trainer._saturation is None) == (name not in SLOPES)
+    if name not in SLOPES:
+        return
+    ones = torch.ones(3)
+    # `nca_pair` pulls a chosen answer back that is far above the reference.
+    for at, expected in ((0.1, 0.0), (200.0, float(name in SATURATING - {"nca_pair"}))):
         ratios = torch.full((3,), at)
-        ones = torch.ones(3)
         pairs = {"chosen_logratios": ratios, "rejected_logratios": -ratios, "chosen_wins": ones}
         pairs |= {"chosen_lengths": ones, "rejected_lengths": ones}
-        assert trainer._saturated(pairs).tolist() == [expected] * 3, at
+        assert trainer._saturation(pairs).tolist() == [expected] * 3, at
 
 
 def test_saturation_threshold(train):
@@ -286,12 +330,20 @@ def test_saturation_threshold(train):
     margins = torch.tensor([4.55, 4.64]) / 0.1  # ln 99 = 4.595
     ones = torch.ones(2)
     pairs = {"chosen_logratios": margins / 2, "rejected_logratios": -margins / 2}
-    assert trainer._saturated(pairs | {"chosen_lengths": ones, "rejected_lengths": ones}).tolist() == [0, 1]
+    assert trainer._saturation(pairs | {"chosen_lengths": ones, "rejected_lengths": ones}).tolist() == [0, 1]
 
 
-def test_measuring_slopes_leaves_no_trace(train):
-    """The host is asked for single losses behind the scenes: neither its metrics nor its token count may notice."""
-    settings = {"loss_type": ["sigmoid", "apo_zero"]}
+def test_a_loss_of_unknown_slope_trains_without_the_metric(train, monkeypatch):
+    monkeypatch.setitem(OUR_LOSSES, "a_loss_of_next_year", LOSSES["apo_zero"])
+    known, unknown = train(loss_type="apo_zero", steps=2), train(loss_type="a_loss_of_next_year", steps=2)
+    assert len(curve(known, "apo/saturated")) == 2
+    assert curve(unknown, "apo/saturated") == []
+    same(curve(unknown), curve(known))
+
+
+def test_recording_terms_leaves_no_trace(train):
+    """TRL multiplies its terms by weights that record them: nothing that it logs may notice."""
+    settings = {"loss_type": ["sigmoid", "apo_zero"], "loss_weights": [0.3, 0.7]}
     ours, theirs = train(APOTrainer, **settings), train(DPOTrainer, DPOConfig, **settings)
     for key in curve_keys(theirs):
         same(curve(ours, key), curve(theirs, key))

@@ -188,6 +188,8 @@ def test_a_text_prompt_beside_lists_of_messages(train, whole, stream):
 def test_nothing_left_is_an_error(train):
     with pytest.raises(InputError, match="No pair of the train dataset can teach anything: 1 where chosen equals"):
         train(data=Dataset.from_list(USELESS[:2]))
+    with pytest.raises(InputError, match=r"1 where the prompt alone fills max_length=40\. Look at the data"):
+        train(data=Dataset.from_list(USELESS[3:]), max_length=40)
 
 
 def test_a_stream_leaves_them_out_as_they_arrive(train, warned):

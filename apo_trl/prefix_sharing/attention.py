@@ -43,13 +43,19 @@ def install(implementation: str) -> str:
 
     The registered function is wrapped: a call without a layout goes to it as before, so a model keeps its name, and
     what depends on that name. Eager attention is no registered function and gets a name of its own.
+
+    Transformers registers a hub kernel anew whenever the kernel it calls changes, also in the middle of a forward. It
+    then registers the same function, and what is set on the interface itself goes before what is registered.
     """
     name = _EAGER if implementation == "eager" else implementation
     function = _eager if name == _EAGER else ALL_ATTENTION_FUNCTIONS[name]
     if name == _EAGER:
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     if not hasattr(function, "_computes_packed_batches"):
-        AttentionInterface.register(name, _packing(function))
+        packing = _packing(function)
+        AttentionInterface.register(name, packing)
+        if "/" in name:
+            ALL_ATTENTION_FUNCTIONS[name] = packing
     return name
 
 
@@ -63,7 +69,7 @@ def _packing(function: Callable[..., Any]) -> Callable[..., Any]:
         packed = kwargs.pop("packed_batch", None)
         if packed is None:
             return function(module, query, key, value, attention_mask, **kwargs)
-        return _attend(function, module, query, key, value, packed, **kwargs)
+        return _attend(function, module, query, key, value, attention_mask, packed, **kwargs)
 
     attention._computes_packed_batches = True  # type: ignore[attr-defined]
     return attention
@@ -76,6 +82,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attention_mask: Any,
     packed: PackedBatch,
     *,
     scaling: float | None = None,
@@ -89,8 +96,11 @@ def _attend(
             raise ValueError(f"its attention uses {name}")
     if dropout:
         raise ValueError("its attention has dropout")
-    if sliding_window is not None and sliding_window >= packed.max_length_k:
-        sliding_window = None
+    if attention_mask is not None and attention_mask.numel() > 1:  # not the one that the model was given
+        raise ValueError("its attention makes a mask of its own")
+    if sliding_window is not None:
+        packed.sliding_window = sliding_window
+        sliding_window = sliding_window if sliding_window < packed.max_length_k else None
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     query, key, value = (tensor.transpose(1, 2)[0].to(dtype) for tensor in (query, key, value))

@@ -60,6 +60,7 @@ class PackedBatch:
         self._sizes = list(sizes)
         self.attention_calls = 0  # of the last forward, with the kernel and precision that computed it
         self.kernel, self.dtype = "", torch.float32
+        self.sliding_window: int | None = None  # the last that a layer asked for
         self.plans: dict[Any, Any] = {}
         self._set(numbers)
 
@@ -123,60 +124,69 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Pa
         scored token has no token before it.
     """
     device = input_ids.device
-    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
-    host = torch.stack([input_ids, real, labels]).cpu().numpy()  # one copy: each would wait for the device
-    packed = _pack(host[0], host[1] != 0, host[2] != -100)
+    if device.type != "cpu":  # one copy: each would wait for the device
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
+        input_ids, attention_mask, labels = torch.stack([input_ids, real, labels]).cpu()
+    ids, scored = input_ids.numpy(), labels.numpy() != -100
+    tokens = np.ones(ids.shape, dtype=bool) if attention_mask is None else attention_mask.numpy() != 0
+    packed = _pack(ids, tokens, scored)
     return None if packed is None else packed.to(device)
 
 
-def _pack(ids: Ints, real: NDArray[np.bool_], scored: NDArray[np.bool_]) -> PackedBatch | None:
+def _pack(ids: NDArray[Any], real: NDArray[np.bool_], scored: NDArray[np.bool_]) -> PackedBatch | None:
     rows, width = ids.shape
-    lengths = real.sum(1)
-    column_in_row = real.cumsum(1) - 1
-    scored = scored.copy()
-    scored[:, 0] = False
-    if not scored.any() or (scored & ~(real & (column_in_row > 0))).any():
+    columns, lengths = np.arange(width, dtype=np.int32), real.sum(1, dtype=np.int64)
+    row, column = scored.nonzero()
+    row, column = row[column > 0], column[column > 0]
+    at = column  # of each scored token, its place in its row without padding
+    within = columns < lengths[:, None]
+    tokens = ids.astype(np.int32)
+    if not np.array_equal(real, within):  # padding in front or between
+        at = (real.cumsum(1) - 1)[row, column]
+        tokens = np.zeros_like(tokens)
+        tokens[within] = ids[real]
+    if not len(at) or not (real[row, column] & (at > 0)).all():
         return None
 
-    # Rows without padding in front or between, sorted, with the length of the prefix shared with the row before.
-    columns = np.arange(width)
-    tokens = np.where(real, ids, -1)
-    if (real != (columns < lengths[:, None])).any():
-        tokens = np.full_like(ids, -1)
-        tokens[columns < lengths[:, None]] = ids[real]
+    # Rows in the order of their tokens, each with the length of the prefix that it shares with the row before it.
     big_endian = tokens.astype(">u4")  # whose bytes sort as the numbers do
-    keys = [row[:length].tobytes() for row, length in zip(big_endian, lengths, strict=True)]
+    keys = [line[:length].tobytes() for line, length in zip(big_endian, lengths, strict=True)]
     order = np.array(sorted(range(rows), key=keys.__getitem__))
     tokens, lengths = tokens[order], lengths[order]
     shared = np.zeros(rows, dtype=np.int64)
-    differ = tokens[1:] != tokens[:-1]
-    shared[1:] = np.where(differ.any(1), differ.argmax(1), width)
-    shared[1:] = np.minimum(shared[1:], np.minimum(lengths[1:], lengths[:-1]))
+    for number in range(1, rows):
+        both = slice(min(lengths[number], lengths[number - 1]))
+        differ = tokens[number, both] != tokens[number - 1, both]
+        shared[number] = differ.argmax() if differ.any() else both.stop
 
-    # Where each token of each row is packed: its own place, or the last place that a row before it took in that column.
-    added = (columns >= shared[:, None]) & (columns < lengths[:, None])
+    # A row's path: the path of the row before it as far as they share it, then the places of its own tokens.
     query_lengths = lengths - shared
     starts = query_lengths.cumsum() - query_lengths
-    places = np.maximum.accumulate(np.where(added, starts[:, None] + columns - shared[:, None], -1), axis=0)
+    places = np.empty((rows, width), dtype=np.int64)
+    positions, paths = [], []
+    for number, (start, first, length) in enumerate(zip(starts, shared, lengths, strict=True)):
+        places[number, :first] = places[number - 1, :first]
+        places[number, first:length] = np.arange(start, start + length - first)
+        if first < length:
+            positions.append(columns[first:length])
+            paths.append(places[number, :length])
+    packed = np.concatenate([line[first:length] for line, first, length in zip(tokens, shared, lengths, strict=True)])
     adds = query_lengths > 0
-    paths = places[adds][columns < lengths[adds, None]]
     query_lengths, key_lengths = query_lengths[adds], lengths[adds]
 
     # A scored token asks its predecessor; a packed token has one predecessor, so its place numbers the question.
     row_of = np.empty(rows, dtype=np.int64)
     row_of[order] = np.arange(rows)
-    row, column = scored.nonzero()
-    at = column_in_row[row, column]
-    asking, asked = places[row_of[row], at], places[row_of[row], at - 1]
-    packed = tokens[added]
+    flat = row_of[row] * width + at
+    asking, asked = places.ravel()[flat], places.ravel()[flat - 1]
     is_asking = np.zeros(len(packed), dtype=bool)
     is_asking[asking] = True
     predecessor = np.empty(len(packed), dtype=np.int64)
     predecessor[asking] = asked
     parts = (
         packed,
-        added.nonzero()[1],
-        paths,
+        np.concatenate(positions),
+        np.concatenate(paths),
         np.append(0, query_lengths.cumsum()),
         np.append(0, key_lengths.cumsum()),
         predecessor[is_asking],

@@ -89,7 +89,8 @@ def _patch(model: Any, sharing: PrefixSharing) -> None:
     fused = model.forward
     if _keep_questions not in model.base_model._forward_hooks.values():  # a second trainer of the same model
         model.base_model.register_forward_hook(_keep_questions, with_kwargs=True)
-    verified = model.config.model_type in TESTED
+    # A class of somebody else may have the name of an architecture, and attention of its own.
+    verified = model.config.model_type in TESTED and type(model).__module__.startswith("transformers.models.")
 
     @functools.wraps(type(model).forward)
     def forward(
@@ -116,7 +117,7 @@ def _patch(model: Any, sharing: PrefixSharing) -> None:
             packed = pack(kwargs["input_ids"], kwargs.get("attention_mask"), labels)
         if not verified:
             verified = True
-            if not _verify(sharing, packed, padded_forward, padded, labels):
+            if not _verify(sharing, packed, padded_forward, padded, labels, _sliding_window(self.config)):
                 return padded()
         if packed is None:
             return padded()  # this batch alone
@@ -176,6 +177,7 @@ def _verify(
     fused: Callable[..., Any],
     padded: Callable[[], Any],
     labels: Tensor,
+    sliding_window: int | None,
 ) -> bool:
     """Compare log-probs of both paths: two forwards in every process, whatever its batch holds, and one decision."""
     reason = ""
@@ -199,9 +201,16 @@ def _verify(
             largest, usual = _TOLERANCES[packed.dtype]
             if not (furthest <= largest and mean <= usual):
                 reason = f"log-probs of the first batch differ from the padded batch's by up to {furthest:.1e}"
+            elif sliding_window != packed.sliding_window:  # a batch of short rows does not show it
+                reason = "its sliding window is known to its mask alone"
     if not sharing.all_agree(not reason):
         sharing.disable(reason or "another process cannot compute a packed batch")
     return not sharing.reason
+
+
+def _sliding_window(config: Any) -> int | None:
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
 
 
 # Nats: the largest and the mean difference of log-probs, in the precision in which attention was computed.

@@ -35,6 +35,8 @@ def unsupported_reason(model: Any) -> str:
         return f"the model has layers that are not attention ({', '.join(sorted(kinds))})"
     if getattr(base, "_is_stateful", False):
         return "the model is recurrent"
+    if any(getattr(module, "is_causal", True) is False for module in base.modules()):
+        return "the model's attention is not causal"
     return ""
 
 
@@ -43,7 +45,8 @@ def dropout_names(model: Any) -> list[str]:
     names = set[str]()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and module.p:
-            names.add(name.rsplit(".", 1)[-1])
+            # PEFT's is called by its adapter, in a module that is called by what it is.
+            names.add(next((part for part in reversed(name.split(".")) if "drop" in part), name))
         names |= {
             key for key, value in vars(module).items() if key.endswith("dropout") and isinstance(value, float) and value
         }
