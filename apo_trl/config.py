@@ -54,7 +54,7 @@ class APOConfig(DPOConfig):
         balance_tokens (`bool`, *optional*, defaults to `True`):
             With `padding_free`, spread the pairs of each optimizer step over processes and micro-steps such that all
             compute nearly the same number of distinct tokens. Every step keeps its pairs, so losses and weights stay
-            the same. No effect with one process and `gradient_accumulation_steps=1`.
+            the same. No effect with one process that computes one batch a step.
         keep_degenerate_pairs (`bool`, *optional*, defaults to `False`):
             Keep pairs that can teach nothing (chosen equals rejected, before or after truncation, or a completion is
             empty) instead of leaving them out with a warning that counts them.
@@ -92,7 +92,7 @@ class APOConfig(DPOConfig):
         metadata={
             "help": "With padding_free, spread the pairs of each optimizer step over processes and micro-steps such "
             "that all compute nearly the same number of distinct tokens. Every step keeps its pairs, so losses and "
-            "weights stay the same. No effect with one process and gradient_accumulation_steps=1."
+            "weights stay the same. No effect with one process that computes one batch a step."
         },
     )
     keep_degenerate_pairs: bool = field(

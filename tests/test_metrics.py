@@ -100,10 +100,9 @@ def test_saturation_of_a_mixture_is_that_of_all_its_losses():
 
 
 def test_saturation_per_token():
-    losses = ["sigmoid_norm"]
-    saturation = Saturation.of(losses, config(beta=0.1, loss_type=losses))
-    assert saturation(pairs([60.0], length=1)).tolist() == [1]
-    assert saturation(pairs([60.0], length=2)).tolist() == [0]
+    for name, expected in (("sigmoid_norm", [1, 0]), ("sigmoid", [1, 1])):
+        saturation = Saturation.of([name], config(beta=0.1, loss_type=[name]))
+        assert [saturation(pairs([60.0], length)).item() for length in (1, 2)] == expected, name
 
 
 @pytest.mark.parametrize(
