@@ -7,6 +7,7 @@ processes add up gradients in another order than one does, so the curves agree t
 
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,22 @@ pytestmark = pytest.mark.slow
 
 CPU = recipe_folder() / "accelerate" / "cpu.yaml"
 KTO_SCRIPT = DPO_SCRIPT.parent / "kto.py"
-HUB_ONLY = ("model_revision", "attn_implementation", "dataset_num_proc")
+HUB_ONLY = ("model_revision", "dataset_num_proc")
+
+# FlashAttention needs a GPU; what stands in for it computes the same on a CPU.
+WITH_FLASH = """
+import sys
+
+sys.path.insert(0, {tests!r})
+import fake_flash
+
+fake_flash.install()
+from apo_trl.train import main
+
+main(sys.argv[1:])
+print(len(fake_flash.CALLS), "calls of a variable-length function")
+assert len(fake_flash.CALLS) >= 8  # two layers, two steps, policy and reference
+"""
 
 STEPS = 3
 METHODS = {
@@ -127,8 +143,14 @@ def test_every_recipe_trains(workplace, model_dir, name, tmp_path, monkeypatch):
         text = find_recipe(name).read_text().split("\ndatasets:")
         rest = text[1][text[1].index("\ndataset_num_proc") :] if len(text) > 1 else ""
         copy = tmp_path / "recipe.yaml"
-        copy.write_text("\n".join(line for line in (text[0] + rest).splitlines() if not line.startswith(HUB_ONLY)))
-        done = command(BIN / "accelerate", "launch", "--config_file", CPU, "-m", "apo_trl.train", copy, *exchanged)
+        lines = [line for line in (text[0] + rest).splitlines() if not line.startswith(HUB_ONLY)]
+        copy.write_text("\n".join(lines))
+        script = ["-m", "apo_trl.train"]
+        if flash := any(line.startswith("attn_implementation: flash") for line in lines):
+            script = [tmp_path / "with_flash.py"]
+            script[0].write_text(WITH_FLASH.format(tests=str(Path(__file__).parent)))
+        done = command(BIN / "accelerate", "launch", "--config_file", CPU, *script, copy, *exchanged)
+        assert ("calls of a variable-length function" in done.stdout) == flash
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("'grad_norm'") == 2
     assert done.stdout.count("'apo/tokens_saved'") == (0 if "unpaired" in name else 2)
