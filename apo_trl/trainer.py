@@ -134,9 +134,8 @@ class _AnchoredTrainer(DPOTrainer):
         if self.args.neftune_noise_alpha:
             return "neftune_noise_alpha scales its noise by the padded length"
         if names := dropout_names(self.model):
-            return (
-                f"dropout is on ({', '.join(names)}) and would be drawn for the packed batch; set disable_dropout=True"
-            )
+            remedy = "Set disable_dropout=True, and attention_dropout=0 in the model's configuration"
+            return f"dropout is on ({', '.join(names)}) and its noise depends on the layout. {remedy}"
         parallelism = self.accelerator.parallelism_config
         for kind in ("tp", "cp", "sp"):
             if getattr(parallelism, f"{kind}_size", 1) > 1:

@@ -50,13 +50,21 @@ def falls_back(train, caplog, reason, **settings):
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_torch_compile(train, caplog):
-    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    """With every row in one batch and one layer, since each new shape and each layer is compiled again."""
     caplog.set_level("WARNING")
-    plain = train(padding_free=False, loss_type="sigmoid", steps=3)
-    stock = train(DPOTrainer, DPOConfig, loss_type="sigmoid", steps=3, **compiled)
-    ours = train(padding_free=True, loss_type="sigmoid", steps=3, **compiled)
+
+    def run(*classes, **settings):
+        model, reference = make_model(num_hidden_layers=1), make_model(num_hidden_layers=1)
+        return train(
+            *classes, model=model, ref_model=reference, processing_class=make_tokenizer(), loss_type="sigmoid",
+            steps=2, per_device_train_batch_size=8, **settings,
+        )  # fmt: skip
+
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    plain, stock, ours = run(), run(DPOTrainer, DPOConfig, **compiled), run(padding_free=True, **compiled)
     same(stock, plain)
     same(ours, plain)
+    assert isinstance(ours.model_wrapped, torch._dynamo.OptimizedModule)
     assert reasons(caplog) == []
     assert min(curve(ours, "apo/tokens_saved")) > 1.2
 
@@ -202,7 +210,7 @@ def test_dropout(train, caplog, names):
 
     on = train(padding_free=True, **settings())
     (message,) = reasons(caplog)
-    assert message.startswith(f"dropout is on ({names}) and would be drawn for the packed batch")
+    assert message.startswith(f"dropout is on ({names}) and its noise depends on the layout. Set")
     same(on, train(padding_free=False, **settings()), 0)
     assert curve(on, "apo/tokens_saved") == []
 
@@ -279,7 +287,7 @@ def odd(layers, config_class=OddConfig):
 @pytest.mark.parametrize(
     ("layers", "reason"),
     [
-        ((0, 1), "the model cannot take a packed batch (its attention is not called through transformers'"),
+        ((0, 1), "the model's attention is not called through transformers' AttentionInterface"),
         ((1,), "log-probs of the first batch differ from the padded batch's by up to"),
     ],
     ids=str,
@@ -288,6 +296,17 @@ def test_attention_that_never_sees_the_layout(layers, reason, config_class, capl
     assert "odd" not in TESTED
     padded, ours, sharing = both(odd(layers, config_class), batch(shared()))
     assert sharing.reason.startswith(reason)
+    assert furthest(padded, ours) == (0, 0)
+    assert len(reasons(caplog)) == 1
+
+
+def test_attention_that_is_replaced_in_a_model_of_a_tested_architecture(caplog):
+    model = make_model()
+    add_fused_lm_head(model, outputs=OUTPUTS)
+    for layer in model.model.layers:
+        layer.self_attn.forward = types.MethodType(by_hand, layer.self_attn)
+    padded, ours, sharing = both(model, batch(shared()))
+    assert sharing.reason == "the model's attention is not called through transformers' AttentionInterface"
     assert furthest(padded, ours) == (0, 0)
     assert len(reasons(caplog)) == 1
 
