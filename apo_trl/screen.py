@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 
-__all__ = ["quiet_host"]
+__all__ = ["quiet_host", "show_own_log"]
 
 
 def quiet_host() -> None:
@@ -19,3 +19,10 @@ def quiet_host() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def show_own_log() -> None:
+    """Print what this package logs at level INFO, in the first process of each machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("apo_trl").setLevel(logging.INFO)

@@ -20,7 +20,7 @@ from .checkpoints import first_process, last_checkpoint, resume_from
 from .inputs import InputError, nearest
 from .recipes import accelerate_config, find_recipe, read_yaml
 from .run_record import write_run
-from .screen import quiet_host
+from .screen import quiet_host, show_own_log
 
 __all__ = ["Run", "launch", "load_named", "load_splits", "main", "make_trainer", "one_message", "parse", "train"]
 
@@ -142,6 +142,7 @@ def _leave(status: int) -> NoReturn:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the script."""
     quiet_host()
+    show_own_log()
     with one_message():
         run, _ = parse(sys.argv[1:] if arguments is None else arguments)
         train(run)

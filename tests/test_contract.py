@@ -1,10 +1,12 @@
 """Every name of the host that we lean on, with the signature we expect: a TRL that moves one fails here, by name."""
 
 import inspect
+import math
 import re
 
 import pytest
 import torch
+from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -18,6 +20,7 @@ METHODS = {
     "_set_signature_columns_if_needed": ["self"],
     "_precompute_ref_logps": ["self", "dataset", "name", "batch_size"],
     "_get_train_sampler": ["self", "train_dataset"],
+    "get_train_dataloader": ["self"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
 }
@@ -98,3 +101,28 @@ def test_what_we_say_of_the_hosts_losses():
     assert set(bodies) == set(HOST_LOSSES)
     assert {name for name, body in bodies.items() if "self.label_smoothing" in body} == SMOOTHED
     assert {name for name, body in bodies.items() if "_mask.sum(dim=1)" in body} == PER_TOKEN & set(HOST_LOSSES)
+
+
+def test_a_term_of_a_mixture_is_multiplied_by_its_weight(train):
+    """By which it is read without computing it again."""
+    trainer = train(loss_type=["apo_zero", "sigmoid"], loss_weights=[0.25, 0.5], steps=1)
+    assert [weight.weight for weight in trainer.loss_weights] == [0.25, 0.5]
+    assert [weight.term.item() for weight in trainer.loss_weights] == pytest.approx([1.0, math.log(2)])
+
+
+def test_preparing_a_dataset_reads_settings_of_dpo_alone():
+    """TRL caches what it makes of a dataset by all the settings that it is handed: ours hands over those of DPO."""
+    read = set(re.findall(r"\bargs\.(\w+)", inspect.getsource(DPOTrainer._prepare_dataset)))
+    assert read
+    assert read <= set(DPOConfig.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__)
+
+
+def test_what_the_flash_function_of_transformers_takes():
+    from transformers import modeling_flash_attention_utils as utils
+    from transformers.integrations.flash_attention import flash_attention_forward
+
+    assert list(inspect.signature(flash_attention_forward).parameters)[:5] == [
+        "module", "query", "key", "value", "attention_mask",
+    ]  # fmt: skip
+    offsets = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+    assert offsets <= set(inspect.signature(utils._flash_attention_forward).parameters)
