@@ -101,6 +101,7 @@ def _attend(
     if sliding_window is not None:
         packed.sliding_window = sliding_window
         sliding_window = sliding_window if sliding_window < packed.max_length_k else None
+    packed = packed.to(query.device)  # the layers of one model may be on several
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     query, key, value = (tensor.transpose(1, 2)[0].to(dtype) for tensor in (query, key, value))

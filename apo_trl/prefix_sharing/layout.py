@@ -100,14 +100,17 @@ class PackedBatch:
         self._set(self._numbers.pin_memory())
         return self
 
-    def to(self, device: Any, non_blocking: bool = True) -> "PackedBatch":
-        """Move the indices to a device by one copy, without waiting for it. Called by accelerate's data loader."""
+    def to(self, device: Any, non_blocking: bool = False) -> "PackedBatch":
+        """Move the indices to a device by one copy; called by accelerate's data loader.
+
+        On CUDA nothing waits for it, whatever `non_blocking` says: the copy is made from page-locked memory.
+        """
         device = torch.device(device)
         if self._numbers.device != device and (device.index is not None or self._numbers.device.type != device.type):
             numbers = self._numbers
             if device.type == "cuda" and numbers.device.type == "cpu" and not numbers.is_pinned():
                 numbers = numbers.pin_memory()
-            self._set(numbers.to(device, non_blocking=True))
+            self._set(numbers.to(device, non_blocking=device.type == "cuda"))
         return self
 
 
@@ -218,8 +221,9 @@ class PackingCollator:
         """Collate, and add the layout."""
         batch = self.collator(examples)
         if "input_ids" in batch and "completion_mask" in batch:
-            labels = batch["completion_mask"] - 1  # scored where it is not negative: only that is looked at
-            packed = pack(batch["input_ids"], batch.get("attention_mask"), labels.masked_fill(labels < 0, -100))
+            scored = batch["completion_mask"].bool()
+            labels = batch["input_ids"].masked_fill(~scored, -100)
+            packed = pack(batch["input_ids"], batch.get("attention_mask"), labels)
             if packed is not None:
                 batch["packed_batch"] = packed
         return batch

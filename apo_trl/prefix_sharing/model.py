@@ -149,7 +149,8 @@ def _keep_questions(module: Any, args: Any, kwargs: dict[str, Any], output: Any)
     """Leave the head only the positions at which something is scored: a forward hook of the backbone."""
     packed = kwargs.get("packed_batch")
     if packed is not None:
-        output.last_hidden_state = gather(output.last_hidden_state[0], packed.question_index)[None]
+        hidden = output.last_hidden_state[0]
+        output.last_hidden_state = gather(hidden, packed.question_index.to(hidden.device))[None]
     return output
 
 
