@@ -111,6 +111,7 @@ def test_two_processes(workplace, alone, model_dir, hardware, method):
     for key in ("loss", "loss/apo_zero", "loss/apo_zero_norm", "rewards/margins", "apo/chosen_logratio_per_token"):
         assert [entry[key] for entry in got] == pytest.approx([entry[key] for entry in expected], abs=close, rel=close)
     assert min(entry["apo/tokens_saved"] for entry in got) > 1.1
+    assert done.stderr.count("padding_free: attention by scaled_dot_product_attention") == 1
     # Every step is printed once, and not once a process.
     assert done.stdout.count("'apo/chosen_up'") == STEPS
 

@@ -222,6 +222,17 @@ def test_generation_and_plain_calls_stay_as_they_are():
     assert torch.equal(before[1], after[1])
 
 
+def test_the_attention_in_use_is_logged_once(caplog):
+    model = make(MODELS["llama"]())
+    sharing = enable_prefix_sharing(model)
+    with caplog.at_level("INFO", logger="apo_trl"):
+        for _ in range(2):
+            model(**batch(shared()), fused_lm_head=True, use_cache=False)
+    assert sharing.kernel == "sdpa"
+    messages = [record.message for record in caplog.records if "attention by" in record.message]
+    assert messages == ["padding_free: attention by scaled_dot_product_attention, one call for each row."]
+
+
 def test_a_copy_of_the_model_computes_with_its_own_weights():
     model = make(MODELS["llama"]())
     enable_prefix_sharing(model)

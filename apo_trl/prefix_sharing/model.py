@@ -43,6 +43,7 @@ class PrefixSharing:
         self.tokens_saved = 1.0
         self.kernel = ""
         self.all_agree = all_agree
+        self._logged = set[str]()
         if reason:
             self.disable(reason)
 
@@ -53,10 +54,11 @@ class PrefixSharing:
             logger.warning(f"padding_free has no effect: {reason}. Falling back to TRL's padded batches.")
 
     def report(self, packed: PackedBatch) -> None:
-        """Keep what the last batch saved, and log the attention kernel when it changes."""
+        """Keep what the last batch saved, and log each attention kernel once."""
         self.tokens_saved = packed.padded_tokens / packed.computed_tokens
-        if packed.kernel != self.kernel:
-            self.kernel = packed.kernel
+        self.kernel = packed.kernel
+        if self.kernel not in self._logged:
+            self._logged.add(self.kernel)
             logger.info(f"padding_free: attention by {_KERNEL_NAMES[self.kernel]}.")
 
 
