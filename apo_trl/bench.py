@@ -393,7 +393,7 @@ def _error(network: Any, fused: Any, batch: dict[str, Tensor]) -> float:
 
 def _free(device: str) -> None:
     gc.collect()
-    if device == "cuda":
+    if device.startswith("cuda"):
         torch.cuda.empty_cache()
 
 
