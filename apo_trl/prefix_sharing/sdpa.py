@@ -50,7 +50,7 @@ def split_attention(
                         enable_gqa=grouped,
                     )
                 )
-    return torch.cat(outputs, 2)[0].transpose(0, 1)
+    return torch.cat([output[0].transpose(0, 1) for output in outputs])  # as the kernels lay them out
 
 
 def _narrow(tensor: Tensor, start: int, stop: int) -> Tensor:
