@@ -417,14 +417,3 @@ class TestTraining:
         assert curve(on) == pytest.approx(curve(off), rel=1e-5)
         assert min(curve(on, "apo/tokens_saved")) > 1.2
         assert curve(off, "apo/tokens_saved") == []
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", MODELS)
-def test_on_a_gpu(name):
-    model = make(MODELS[name]()).cuda()
-    inputs = {key: value.cuda() for key, value in batch(shared()).items()}
-    padded, ours, sharing = both(model, inputs)
-    assert sharing.reason == ""
-    assert max(furthest(padded, ours)) < 1e-4
