@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import RandomSampler, Sampler
 
 from .config import balances_tokens
-from .prefix_sharing.layout import common_prefix_length
+from .data.reading import shared_start
 from .sampling import PromptGroupedSampler
 
 __all__ = ["BalancedSampler", "balanced", "count_tokens", "forward_epochs", "spread"]
@@ -141,7 +141,7 @@ def count_tokens(row: Mapping[str, Any], *, max_length: int | None, keep_end: bo
     if keep_end and max_length is not None:
         cut = slice(-max_length, None)
     chosen, rejected = (prompt + row["chosen_ids"])[cut], (prompt + row["rejected_ids"])[cut]
-    shared = common_prefix_length(chosen, rejected)
+    shared = shared_start(chosen, rejected)
     return {"tokens": len(chosen) + len(rejected) - shared, "prompt_tokens": min(shared, len(prompt))}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .inputs import InputError
 from .prefix_sharing import PrefixSharing, enable_prefix_sharing, pack
+from .prefix_sharing.sdpa import without_cudnn
 
 __all__ = ["SHAPES", "Row", "bench", "build_model", "collate", "layout_times", "random_rows", "step", "table"]
 
@@ -61,12 +62,11 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 class Case(NamedTuple):
-    """A row of a shape of its own: a model of `NETWORKS`, so many of its layers, and so many different batches."""
+    """One benchmark row with a built-in model: its name in `NETWORKS`, layers, random pairs, and number of batches."""
 
     network: str
     shape: Shape
     layers: int | None = None
-    dtype: str = "bfloat16"
     batches: int = 1
     vocab_size: int | None = None
 
@@ -150,7 +150,7 @@ def bench(
         if wanted:
             case = wanted[0][1]
             _free(device)
-            network = build_network(key, layers or case.layers, dtype or case.dtype, *built, case.vocab_size)
+            network = build_network(key, layers or case.layers, dtype or "bfloat16", *built, case.vocab_size)
             measure([(name, _random_batches(case, network.config.vocab_size)) for name, case in wanted], network)
     return rows
 
@@ -180,7 +180,7 @@ def table(rows: list[Row]) -> str:
 
 
 def layout_times(repeats: int = 9) -> dict[str, float]:
-    """Return the milliseconds that the layout of a batch takes on the host, medians, for two sizes."""
+    """Return the median time to build the layout of a batch on the CPU, in milliseconds, for two batch sizes."""
     times = {}
     for rows, length in ((16, 2000), (64, 4000)):
         generator = torch.Generator().manual_seed(0)
@@ -300,7 +300,7 @@ def _measure(
     device = network.device.type
     stock: dict[str, Any] = {"": contextlib.nullcontext}
     if device == "cuda" and network.config._attn_implementation == "sdpa":  # the better of two is stock TRL's best
-        stock = {"cuDNN allowed": contextlib.nullcontext, "without cuDNN": _without_cudnn}
+        stock = {"cuDNN allowed": contextlib.nullcontext, "without cuDNN": without_cudnn}
     first = next(iter(stock))
 
     def run(path: str, batch: dict[str, Tensor]) -> None:
@@ -342,14 +342,8 @@ def _measure(
     return Row(name, saved, ratio, peak, differ[0], differ[1], error, kernels, mean)
 
 
-def _without_cudnn() -> Any:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-
-
 def step(network: Any, forward: Any, batch: dict[str, Tensor], keep: bool = True) -> Any:
-    """Do a step of DPO against a reference of zeros; return log-probs and gradients if they are kept.
+    """Run one DPO step against a reference of zeros. Return log-probs and gradients if `keep` is set.
 
     Of a large model, the gradients are those of the first and the last layers: the others lie on their way.
     """

@@ -180,7 +180,7 @@ def _bench(options: argparse.Namespace) -> None:
     rows = bench(**_settings(options, "json"))
     print(table(rows))
     for name, milliseconds in layout_times().items():
-        print(f"Layout of {name}: {milliseconds:.1f} ms on the host.")
+        print(f"Time to build the layout of {name}: {milliseconds:.1f} ms on the CPU.")
     if options.json:
         write_json(Path(options.json), [row._asdict() for row in rows])
 

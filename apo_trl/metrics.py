@@ -96,7 +96,7 @@ class Saturation:
 
 
 def largest_slope(slope: Slope) -> float:
-    """Find the steepest slope of a loss over rewards from -20 to 20; NaN, which nothing is below, if there is none.
+    """Return the largest slope of a loss over rewards from -20 to 20, or NaN if it has none: nothing is below NaN.
 
     A loss whose slope is larger still from -40 to 40, as that of `ipo` is, has no largest one and never saturates.
     """

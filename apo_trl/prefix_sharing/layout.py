@@ -2,7 +2,7 @@
 
 The rows, sorted by their tokens, form a tree: each row adds the tokens after its longest common prefix with the row
 before it. The added tokens of all rows are the packed sequence; a row's path is where its tokens are packed.
-All of it is array arithmetic on the host; one copy moves it to the device.
+NumPy builds the layout on the CPU; one copy moves it to the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["PackedBatch", "PackingCollator", "common_prefix_length", "pack"]
+__all__ = ["PackedBatch", "PackingCollator", "pack"]
 
 Ints = NDArray[np.int64]
 
@@ -201,16 +201,9 @@ def _pack(ids: NDArray[Any], real: NDArray[np.bool_], scored: NDArray[np.bool_])
     return PackedBatch(numbers, [len(part) for part in parts], query_lengths, key_lengths, ids.shape)
 
 
-def common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two sequences begin with in common."""
-    length = min(len(one), len(other))
-    differ = np.asarray(one[:length]) != np.asarray(other[:length])
-    return int(differ.argmax()) if differ.any() else length
-
-
 @dataclass
 class PackingCollator:
-    """A collator that lays out the batches of another one, on the host: in the workers of the loader if it has any.
+    """Add the packed layout to the batches of another collator. It runs on the CPU, in the data loader's workers.
 
     The layout travels in the batch as `packed_batch`; a batch that cannot be packed has none.
     """

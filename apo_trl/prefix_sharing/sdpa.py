@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 from .layout import PackedBatch
 
-__all__ = ["split_attention"]
+__all__ = ["split_attention", "without_cudnn"]
 
 _MASK_ELEMENTS = 1 << 22
 
@@ -35,7 +35,7 @@ def split_attention(
         torch.split(values, packed.key_lengths, 2), strict=True,
     )  # fmt: skip
     outputs = []
-    with _without_cudnn(query):
+    with without_cudnn() if query.is_cuda else contextlib.nullcontext():
         for blocks, added, path, contents in rows:
             for block in blocks:
                 mask = plan.mask(block)
@@ -141,10 +141,11 @@ def _plan(packed: PackedBatch, window: int | None, query: Tensor) -> Plan:
     return plan
 
 
-def _without_cudnn(query: Tensor) -> contextlib.AbstractContextManager[None]:
-    """CuDNN builds a plan for every new shape, and its masked backward can give NaN (pytorch issue 196678)."""
-    if not query.is_cuda:
-        return contextlib.nullcontext()
+def without_cudnn() -> contextlib.AbstractContextManager[None]:
+    """Keep SDPA from cuDNN, which builds a plan for every new shape.
+
+    Its masked backward can give NaN (pytorch issue 196678).
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
