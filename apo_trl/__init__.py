@@ -8,10 +8,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import APOConfig
-    from .inputs import InputError
-    from .losses import LOSSES, apo_blend, apo_down, apo_down_norm, apo_zero, apo_zero_norm
-    from .trainer import APOTrainer, register, unregister
+    from apo_trl.config import APOConfig
+    from apo_trl.errors import InputError
+    from apo_trl.losses import LOSSES, apo_blend, apo_down, apo_down_norm, apo_zero, apo_zero_norm
+    from apo_trl.registration import register, unregister
+    from apo_trl.trainer import APOTrainer
 
 __all__ = [
     "LOSSES",
@@ -32,9 +33,10 @@ __version__ = version("apo-trl")
 
 _HOMES = {
     "config": ("APOConfig",),
-    "inputs": ("InputError",),
+    "errors": ("InputError",),
     "losses": ("LOSSES", "apo_blend", "apo_down", "apo_down_norm", "apo_zero", "apo_zero_norm"),
-    "trainer": ("APOTrainer", "register", "unregister"),
+    "registration": ("register", "unregister"),
+    "trainer": ("APOTrainer",),
 }
 
 

@@ -7,34 +7,34 @@ import transformers
 from packaging.version import Version
 from trl import DPOConfig
 
-from .inputs import InputError, nearest
-from .losses import LOSSES
+from apo_trl.errors import InputError, nearest
+from apo_trl.losses import LOSSES
 
 __all__ = [
-    "HOST_LOSSES",
-    "OUR_LOSSES",
-    "SMOOTHED",
-    "WHOLE_BATCH",
+    "ADDED_LOSSES",
+    "BATCH_LOSSES",
+    "SMOOTHED_LOSSES",
+    "TRL_LOSSES",
     "APOConfig",
     "balances_tokens",
     "check_config",
     "groups_prompts",
-    "keeps_all",
+    "keeps_degenerate_pairs",
     "loss_names",
 ]
 
-HOST_LOSSES: tuple[str, ...] = tuple(
+TRL_LOSSES: tuple[str, ...] = tuple(
     re.findall(r"'(\w+)'", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
 )
 """The losses of the installed TRL, read from the only place where it lists them outside of a method."""
 
-OUR_LOSSES = {name: loss for name, loss in LOSSES.items() if name not in HOST_LOSSES}
+ADDED_LOSSES = {name: loss for name, loss in LOSSES.items() if name not in TRL_LOSSES}
 """The losses that this package adds. A name that TRL has too is TRL's."""
 
-SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}
+SMOOTHED_LOSSES = {"exo_pair", "robust", "aot", "aot_unpaired"}
 """The losses that read `label_smoothing`."""
 
-WHOLE_BATCH = {"aot", "aot_unpaired", "sft"}
+BATCH_LOSSES = {"aot", "aot_unpaired", "sft"}
 """The losses that depend on which pairs share a micro-batch: they sort it, or average over its tokens."""
 
 
@@ -69,8 +69,8 @@ class APOConfig(DPOConfig):
         default_factory=lambda: ["apo_zero"],
         metadata={
             "help": "Loss, or several to be summed with the weights in `loss_weights`. "
-            f"Of apo-trl: {', '.join(repr(name) for name in OUR_LOSSES)}. "
-            f"Of TRL: {', '.join(repr(name) for name in HOST_LOSSES)}."
+            f"Of apo-trl: {', '.join(repr(name) for name in ADDED_LOSSES)}. "
+            f"Of TRL: {', '.join(repr(name) for name in TRL_LOSSES)}."
         },
     )
     padding_free: bool = field(
@@ -118,7 +118,7 @@ class APOConfig(DPOConfig):
 def check_config(config: DPOConfig) -> None:
     """Raise InputError for a loss that does not exist, or that the other settings of `config` rule out."""
     names = loss_names(config)
-    known = [*OUR_LOSSES, *HOST_LOSSES]
+    known = [*ADDED_LOSSES, *TRL_LOSSES]
     if not names:
         raise InputError(f"loss_type is empty; name at least one of {', '.join(known)}.")
     for name in names:
@@ -130,15 +130,15 @@ def check_config(config: DPOConfig) -> None:
             f"({', '.join(names)}); give one weight for each loss."
         )
     for name in names:
-        if name in OUR_LOSSES and config.f_divergence_type != "reverse_kl":
+        if name in ADDED_LOSSES and config.f_divergence_type != "reverse_kl":
             raise InputError(
                 f"f_divergence_type='{config.f_divergence_type}' has no meaning for loss_type '{name}', which is "
                 "anchored to log-ratios; set f_divergence_type='reverse_kl'."
             )
-        if name in OUR_LOSSES and config.use_weighting:
+        if name in ADDED_LOSSES and config.use_weighting:
             raise InputError(
                 f"use_weighting=True is not defined for loss_type '{name}'; set use_weighting=False or choose among "
-                f"{', '.join(HOST_LOSSES)}."
+                f"{', '.join(TRL_LOSSES)}."
             )
     if groups_prompts(config) and _other_order(config):
         raise InputError(
@@ -162,10 +162,10 @@ def groups_prompts(config: DPOConfig | None) -> bool:
 def balances_tokens(config: DPOConfig) -> bool:
     """Return whether the pairs of an optimizer step may be spread over its micro-batches by their tokens."""
     wanted = isinstance(config, APOConfig) and config.balance_tokens and config.padding_free
-    return wanted and not WHOLE_BATCH.intersection(loss_names(config))
+    return wanted and not BATCH_LOSSES.intersection(loss_names(config))
 
 
-def keeps_all(config: DPOConfig | None) -> bool:
+def keeps_degenerate_pairs(config: DPOConfig | None) -> bool:
     """Say whether the user asked to keep pairs that can teach nothing."""
     return isinstance(config, APOConfig) and config.keep_degenerate_pairs
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["LOSSES", "PER_TOKEN", "apo_blend", "apo_down", "apo_down_norm", "apo_zero", "apo_zero_norm"]
+__all__ = ["LOSSES", "PER_TOKEN_LOSSES", "apo_blend", "apo_down", "apo_down_norm", "apo_zero", "apo_zero_norm"]
 
 
 def apo_zero(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
@@ -107,7 +107,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 """Every loss of this package by the name that `loss_type` takes."""
 
-PER_TOKEN = frozenset({"apo_zero_norm", "apo_down_norm", "sigmoid_norm", "ipo"})
+PER_TOKEN_LOSSES = frozenset({"apo_zero_norm", "apo_down_norm", "sigmoid_norm", "ipo"})
 """The losses, TRL's included, that look at log-ratios per token and not at their sums."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .losses import PER_TOKEN
+from apo_trl.losses import PER_TOKEN_LOSSES
 
 __all__ = ["SLOPES", "Saturation", "largest_slope", "pair_metrics", "regime"]
 
@@ -88,7 +88,7 @@ class Saturation:
         for name, slope in self.slopes.items():
             chosen, rejected = (
                 self.beta * pairs[f"{side}_logratios"].float()
-                / (pairs[f"{side}_lengths"].clamp(min=1) if name in PER_TOKEN else 1)
+                / (pairs[f"{side}_lengths"].clamp(min=1) if name in PER_TOKEN_LOSSES else 1)
                 for side in ("chosen", "rejected")
             )  # fmt: skip
             saturated &= slope(chosen, rejected, wins=pairs.get("chosen_wins")) < 0.01 * self.largest[name]

@@ -19,15 +19,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     import datasets
 
-    from .dataset import load_dataset
-    from .train import one_message
-    from .trainer import register
+    from apo_trl.io.readers import load_dataset
+    from apo_trl.registration import register
+    from apo_trl.training.screen import exit_on_error
 
     register()
     datasets.load_dataset = load_dataset
     sys.argv = [script, *rest]
     sys.path.insert(0, str(Path(script).resolve().parent))
-    with one_message():
+    with exit_on_error():
         runpy.run_path(script, run_name="__main__")
 
 

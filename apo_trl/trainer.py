@@ -26,25 +26,34 @@ from torch import Tensor
 from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from .balance import balanced, forward_epochs
-from .config import OUR_LOSSES, SMOOTHED, APOConfig, check_config, groups_prompts, keeps_all, loss_names
-from .dataset import (
+from apo_trl.config import (
+    ADDED_LOSSES,
+    SMOOTHED_LOSSES,
+    APOConfig,
+    check_config,
+    groups_prompts,
+    keeps_degenerate_pairs,
+    loss_names,
+)
+from apo_trl.datasets.balancing import balance_sampler, forward_epochs
+from apo_trl.datasets.grouping import PromptGroupedSampler
+from apo_trl.datasets.preprocessing import (
     CollatorWithWins,
     StreamFilter,
     check_dataset,
-    check_stream_row,
-    named,
-    screen_vision,
-    without_useless,
+    check_streamed_row,
+    filter_degenerate_pairs,
+    filter_vision_pairs,
+    named_datasets,
 )
-from .inputs import InputError, split_conversation, useless
-from .losses import LOSSES
-from .metrics import Saturation, pair_metrics
-from .prefix_sharing import PackingCollator, PrefixSharing, dropout_names, enable_prefix_sharing
-from .reference import check_cache_dir, with_reference
-from .sampling import PromptGroupedSampler
+from apo_trl.errors import InputError
+from apo_trl.io.rows import degenerate_reason, split_conversation
+from apo_trl.losses import LOSSES
+from apo_trl.metrics import Saturation, pair_metrics
+from apo_trl.prefix_sharing import PackingCollator, PrefixSharing, dropout_names, enable_prefix_sharing
+from apo_trl.reference_cache.cache import add_reference_logps, check_cache_dir
 
-__all__ = ["APOTrainer", "register", "unregister"]
+__all__ = ["APOTrainer"]
 
 logger = get_logger(__name__)
 
@@ -89,10 +98,10 @@ class _AnchoredTrainer(DPOTrainer):
             check_cache_dir(config)
             if _ANCHORED.intersection(names):
                 self._name, self._paper, self._tag_names = "APO", _PAPER, [*DPOTrainer._tag_names, "apo"]
-            if config.label_smoothing and not SMOOTHED.intersection(names):
+            if config.label_smoothing and not SMOOTHED_LOSSES.intersection(names):
                 logger.warning(
                     f"label_smoothing={config.label_smoothing} has no effect on loss_type {', '.join(names)}: only "
-                    f"{', '.join(sorted(SMOOTHED))} read it. Remove it."
+                    f"{', '.join(sorted(SMOOTHED_LOSSES))} read it. Remove it."
                 )
         if groups_prompts(config) and isinstance(given.arguments.get("train_dataset"), IterableDataset):
             raise InputError(
@@ -100,10 +109,10 @@ class _AnchoredTrainer(DPOTrainer):
             )
         needs_wins = "apo_blend" in names
         for key in ("train_dataset", "eval_dataset"):
-            for name, dataset in named(given.arguments.get(key), key.removesuffix("_dataset")):
+            for name, dataset in named_datasets(given.arguments.get(key), key.removesuffix("_dataset")):
                 check_dataset(dataset, name, needs_wins, config)
-            if key in given.arguments and not keeps_all(config):
-                given.arguments[key] = screen_vision(given.arguments[key], key.removesuffix("_dataset"), config)
+            if key in given.arguments and not keeps_degenerate_pairs(config):
+                given.arguments[key] = filter_vision_pairs(given.arguments[key], key.removesuffix("_dataset"), config)
 
         with _without_padding_free(config):
             super().__init__(*given.args[1:], **given.kwargs)
@@ -118,7 +127,7 @@ class _AnchoredTrainer(DPOTrainer):
                 self.data_collator = PackingCollator(self.data_collator)
 
         self.loss_terms: list[tuple[str, float]] = list(zip(self.loss_types, self.loss_weights, strict=True))
-        theirs = [(name, weight) for name, weight in self.loss_terms if name not in OUR_LOSSES]
+        theirs = [(name, weight) for name, weight in self.loss_terms if name not in ADDED_LOSSES]
         self.loss_types = [name for name, _ in theirs]
         self.loss_weights = [weight for _, weight in theirs]
         if len(self.loss_terms) > 1:
@@ -149,7 +158,7 @@ class _AnchoredTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
         if isinstance(dataset, IterableDataset):
-            check = functools.partial(check_stream_row, name=dataset_name, needs_wins="apo_blend" in loss_names(args))
+            check = functools.partial(check_streamed_row, name=dataset_name, needs_wins="apo_blend" in loss_names(args))
             dataset = dataset.map(check, with_indices=True)
         first = next(iter(dataset))
         if isinstance(first.get("prompt"), str) and not isinstance(first["chosen"], str):
@@ -157,10 +166,10 @@ class _AnchoredTrainer(DPOTrainer):
                 dataset = dataset.map(split_conversation)
         before = len(dataset) if isinstance(dataset, Dataset) else 0
         dataset = super()._prepare_dataset(dataset, processing_class, _dpo_settings(args), dataset_name)
-        if keeps_all(args):
+        if keeps_degenerate_pairs(args):
             return dataset
         reason = functools.partial(
-            useless,
+            degenerate_reason,
             max_length=args.max_length,
             keep_end=args.truncation_mode == "keep_end",
             eos_token=self._tokenizer.eos_token or "",
@@ -168,12 +177,12 @@ class _AnchoredTrainer(DPOTrainer):
         if isinstance(dataset, IterableDataset):
             return dataset.filter(StreamFilter(reason, dataset_name))
         too_long = f"the prompt alone fills max_length={args.max_length}"
-        return without_useless(dataset, reason, dataset_name, Counter({too_long: before - len(dataset)}), args)
+        return filter_degenerate_pairs(dataset, reason, dataset_name, Counter({too_long: before - len(dataset)}), args)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if isinstance(dataset, IterableDataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # which says that a stream cannot be
-        return with_reference(self, dataset, name, batch_size)
+        return add_reference_logps(self, dataset, name, batch_size)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -190,7 +199,7 @@ class _AnchoredTrainer(DPOTrainer):
         else:
             sampler = super()._get_train_sampler(dataset)
         packs = self._sharing is not None and not self._sharing.reason
-        return balanced(sampler, dataset, self.args, self._train_batch_size) if packs else sampler
+        return balance_sampler(sampler, dataset, self.args, self._train_batch_size) if packs else sampler
 
     def get_train_dataloader(self) -> Any:
         """Build the loader so that the epoch reaches our samplers also when several processes resume in one."""
@@ -199,7 +208,7 @@ class _AnchoredTrainer(DPOTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as the host does, after checking the rows of a dataset that is given only now."""
         needs_wins = "apo_blend" in loss_names(self.args)
-        for name, dataset in named(eval_dataset, "eval"):
+        for name, dataset in named_datasets(eval_dataset, "eval"):
             check_dataset(dataset, name, needs_wins, self.args)
         metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
@@ -229,7 +238,7 @@ class _AnchoredTrainer(DPOTrainer):
         pairs = self._pairs(policy.outputs, inputs, wins)
         terms = {}
         for name, weight in self.loss_terms:
-            if name in OUR_LOSSES:
+            if name in ADDED_LOSSES:
                 terms[name] = self._our_loss(name, pairs).mean()
                 loss = loss + weight * terms[name]
         if len(self.loss_terms) > 1:
@@ -256,8 +265,8 @@ class _AnchoredTrainer(DPOTrainer):
         return pairs if wins is None else {**pairs, "chosen_wins": wins}
 
     def _our_loss(self, name: str, pairs: dict[str, Tensor]) -> Tensor:
-        wanted = inspect.signature(OUR_LOSSES[name]).parameters
-        return OUR_LOSSES[name](**{key: value for key, value in pairs.items() if key in wanted}, beta=self.beta)
+        wanted = inspect.signature(ADDED_LOSSES[name]).parameters
+        return ADDED_LOSSES[name](**{key: value for key, value in pairs.items() if key in wanted}, beta=self.beta)
 
     # Metrics: gathered over processes as TRL gathers its own, and read from the device all at once.
 
@@ -299,50 +308,6 @@ class APOTrainer(_AnchoredTrainer):
             given["args"] = APOConfig(f"{path.rstrip('/').split('/')[-1]}-APO")
         given.pop("self")
         super().__init__(**given)
-
-
-def register() -> None:
-    """Give plain `trl.DPOTrainer` and `trl.DPOConfig` the losses, metrics and checks of this package.
-
-    Existing scripts then take our names in `loss_type`, whichever came first, this call or `from trl import
-    DPOTrainer`, and subclasses of `DPOTrainer` are served too. Calling it again changes nothing; `unregister()` undoes
-    it.
-    """
-    if _HOST:
-        return
-    host_init, host_post_init = DPOTrainer.__init__, DPOConfig.__post_init__
-
-    @functools.wraps(host_init)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(self, _AnchoredTrainer):
-            host_init(self, *args, **kwargs)
-        else:
-            self.__class__ = _anchored(self.__class__)
-            _AnchoredTrainer.__init__(self, *args, **kwargs)
-
-    @functools.wraps(host_post_init)
-    def post_init(self: Any) -> None:
-        check_config(self)
-        host_post_init(self)
-
-    _HOST.update(init=host_init, post_init=host_post_init)
-    DPOTrainer.__init__, DPOConfig.__post_init__ = init, post_init
-
-
-def unregister() -> None:
-    """Undo `register()`; trainers made in between keep their losses."""
-    if _HOST:
-        DPOTrainer.__init__, DPOConfig.__post_init__ = _HOST.pop("init"), _HOST.pop("post_init")
-
-
-_HOST: dict[str, Any] = {}
-
-
-@functools.cache
-def _anchored(cls: type) -> Any:
-    """Make the class that `cls` becomes while registered: its own methods first, then ours, then the host's."""
-    bases = (_AnchoredTrainer,) if cls is DPOTrainer else (cls, _AnchoredTrainer)
-    return type(cls.__name__, bases, {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def _dpo_settings(args: DPOConfig) -> Any:

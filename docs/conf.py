@@ -3,9 +3,9 @@
 import re
 from importlib.metadata import version as version_of
 
-from apo_trl.screen import quiet_host
+from apo_trl.training.screen import quiet_libraries
 
-quiet_host()  # autodoc imports the host
+quiet_libraries()  # autodoc imports the host
 
 project = "apo-trl"
 version = release = version_of("apo-trl")

@@ -25,10 +25,10 @@ class Lab:
     """The model and what runs share: sampled answers, references, token counts."""
 
     def __init__(self, model: str | None = None, steps: int = STEPS) -> None:
-        from apo_trl.demo import local_model
         from apo_trl.demo.sample import demo_rows
+        from apo_trl.models.packaged import resolve_model
 
-        self.model = model or local_model("SmolLM2-135M-Instruct")
+        self.model = model or resolve_model("SmolLM2-135M-Instruct")
         self.steps = steps
         self.references: dict = {}  # log-probs of held-out pairs before training
         self.rows = list(demo_rows())
@@ -37,7 +37,7 @@ class Lab:
         """Another answer of the model to every prompt, at temperature 1; kept, since it takes minutes."""
         path = STORE / "samples.json"
         if not path.exists():
-            from apo_trl.in_process import Generator
+            from apo_trl.pairs.llm.in_process import Generator
 
             generator = Generator(self.model, batch_size=16)
             bodies = [
@@ -66,7 +66,8 @@ class Lab:
         from transformers import PrinterCallback
 
         from apo_trl import APOConfig, APOTrainer
-        from apo_trl.evaluate import encoded, pad_token, pair_logps
+        from apo_trl.evaluation.scoring import pair_logps, tokenize_pairs
+        from apo_trl.models.loading import pad_token
 
         began = time.monotonic()
         train, held_out = self.sets(run)
@@ -87,7 +88,7 @@ class Lab:
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         model = trainer.model.eval()
-        pairs = encoded(held_out, trainer.processing_class)
+        pairs = tokenize_pairs(held_out, trainer.processing_class)
         scoring = {"pad_token_id": pad_token(trainer.processing_class), "batch_size": 20}
         policy = pair_logps(model, pairs, **scoring)
         place = (run["data"], run["seed"])
@@ -169,9 +170,9 @@ def main() -> None:
         from datasets import disable_progress_bars
         from transformers.utils.logging import disable_progress_bar
 
-        from apo_trl.screen import quiet_host
+        from apo_trl.training.screen import quiet_libraries
 
-        quiet_host()
+        quiet_libraries()
         disable_progress_bars()  # of seconds each; a run gets a line
         disable_progress_bar()
         results = run_all(Lab())

@@ -11,7 +11,7 @@ import argparse
 import numpy as np
 from torch.utils.data import SequentialSampler
 
-from apo_trl.balance import BalancedSampler
+from apo_trl.datasets.balancing import BalancedSampler
 
 RANKS, PAIRS, MICRO_STEPS = (4, 8, 16), (2, 8), (1, 4)
 

@@ -20,7 +20,8 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from apo_trl import APOConfig, APOTrainer
-from apo_trl.demo import PAIRS, smollm2
+from apo_trl.io.resources import DEMO_PAIRS
+from apo_trl.models.packaged import smollm2
 
 
 class Clock(TrainerCallback):
@@ -46,7 +47,7 @@ def steps(trainer_class, config_class, options):
     trainer_class(
         model=options.model or str(smollm2()),
         args=config,
-        train_dataset=load_dataset(str(PAIRS), split="train"),
+        train_dataset=load_dataset(str(DEMO_PAIRS), split="train"),
         peft_config=LoraConfig(r=16, target_modules="all-linear"),
         callbacks=[clock],
     ).train()

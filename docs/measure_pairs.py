@@ -47,7 +47,7 @@ def measure(rows: int, concurrency: int, latency: float) -> dict[str, float]:
             recipe |= {"policy_base_url": url, "reviser_base_url": url}
             (Path(folder) / "recipe.yaml").write_text(json.dumps(recipe))
             began, most = time.perf_counter(), 0
-            command = [sys.executable, "-m", "apo_trl.cli", "pairs", "build", f"{folder}/recipe.yaml"]
+            command = [sys.executable, "-m", "apo_trl.cli.main", "pairs", "build", f"{folder}/recipe.yaml"]
             with (Path(folder) / "log").open("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as build:
                 while build.poll() is None:
                     most = max(most, _held(build.pid))

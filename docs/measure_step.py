@@ -13,9 +13,9 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from apo_trl import bench
+from apo_trl.benchmark import bench
 from apo_trl.prefix_sharing import enable_prefix_sharing, pack
-from apo_trl.screen import quiet_host
+from apo_trl.training.screen import quiet_libraries
 
 # What torch's profiler calls them: TRL's head is one autograd function, attention one operator on each way.
 PARTS = {
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--growth_layers", type=int, default=4, help="0: the profile alone")
     options = parser.parse_args()
-    quiet_host()
+    quiet_libraries()
 
     network, _ = bench.build_model(None, options.layers, "float32", "cpu", False)
     fused = network.forward

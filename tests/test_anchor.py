@@ -10,10 +10,10 @@ from chat_server import ChatServer
 from conftest import curve
 from test_cli import write
 
-from apo_trl import cli
-from apo_trl.anchor import FEWEST, anchor, suggest, write_dataset
-from apo_trl.compare import length_controlled, summarise
-from apo_trl.inputs import InputError
+from apo_trl.cli import main as cli
+from apo_trl.errors import InputError
+from apo_trl.evaluation.anchor import FEWEST, anchor, suggest, write_dataset
+from apo_trl.evaluation.compare import length_controlled, summarise
 
 
 def referee(body):
@@ -300,8 +300,8 @@ class TestCompare:
         assert length_controlled(points, lengths) == (value, low, high)
 
     def test_one_model_is_not_two(self, tmp_path):
-        from apo_trl.compare import compare
-        from apo_trl.data.settings import make_settings
+        from apo_trl.evaluation.compare import compare
+        from apo_trl.pairs.config.settings import make_settings
 
         keys = {"method": "off_policy_judge", "prompts": "x", "output_dir": str(tmp_path), "policy_model": "a"}
         with pytest.raises(InputError, match="name them by --a and --b"):

@@ -6,7 +6,8 @@ import pytest
 from conftest import rows
 from test_cli import write
 
-from apo_trl import bench, cli
+from apo_trl.benchmark import bench
+from apo_trl.cli import main as cli
 
 
 @pytest.mark.filterwarnings("ignore:.*None of the inputs have requires_grad.*:UserWarning")

@@ -13,8 +13,10 @@ import trl
 from conftest import rows
 from datasets import Dataset
 
-from apo_trl import cli, unregister
-from apo_trl import train as train_script
+from apo_trl import train, unregister
+from apo_trl.cli import main as cli
+from apo_trl.training import script as train_script
+from apo_trl.training.arguments import parse
 
 BIN = Path(sys.executable).parent
 DPO_SCRIPT = Path(trl.__file__).parent / "scripts" / "dpo.py"
@@ -132,7 +134,7 @@ class TestTrain:
     def test_local_data(self, arguments, tmp_path, name):
         (tmp_path / "folder").mkdir()
         path = write(tmp_path / name, rows())
-        train_script.main(arguments(dataset_name=path.parent if "folder" in name else path, loss_type="apo_zero_norm"))
+        train.main(arguments(dataset_name=path.parent if "folder" in name else path, loss_type="apo_zero_norm"))
         assert (tmp_path / "out" / "model.safetensors").is_file()
 
     def test_a_yaml_file_and_the_command_line_over_it(self, arguments, model_dir, tmp_path):
@@ -140,7 +142,7 @@ class TestTrain:
         config.write_text(
             "loss_type: [apo_zero_norm, sft]\nloss_weights: [1.0, 0.1]\nbeta: 5\nlearning_rate: 1e-3\nuse_peft: true\n"
         )
-        run, leftover = train_script.parse([*arguments(), f"--config={config}", "--beta", "2.5"])
+        run, leftover = parse([*arguments(), f"--config={config}", "--beta", "2.5"])
         assert leftover == []
         assert run.training.loss_type == ["apo_zero_norm", "sft"]
         assert run.training.beta == 2.5
@@ -148,26 +150,26 @@ class TestTrain:
         assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
     def test_a_recipe_by_name_or_file_comes_first(self, arguments, tmp_path):
-        by_name = train_script.parse(["llama-3-8b/apo_zero_lora", *arguments()])[0]
+        by_name = parse(["llama-3-8b/apo_zero_lora", *arguments()])[0]
         assert by_name.training.gradient_accumulation_steps == 16
         (tmp_path / "run.yaml").write_text("beta: 0.7\n")
-        assert train_script.parse([str(tmp_path / "run.yaml"), *arguments()])[0].training.beta == 0.7
+        assert parse([str(tmp_path / "run.yaml"), *arguments()])[0].training.beta == 0.7
 
     def test_the_default_loss_is_apo_zero(self, arguments):
-        assert train_script.parse(arguments())[0].training.loss_type == ["apo_zero"]
+        assert parse(arguments())[0].training.loss_type == ["apo_zero"]
 
     def test_a_mixture_of_datasets(self, arguments, tmp_path):
         config = tmp_path / "run.yaml"
         config.write_text(
             f"datasets:\n  - path: json\n    data_files: {tmp_path / 'pairs.jsonl'}\ntest_split_size: 0.25\n"
         )
-        train_script.main(arguments(config=config, dataset_name=None, eval_strategy="steps", eval_steps=1))
+        train.main(arguments(config=config, dataset_name=None, eval_strategy="steps", eval_steps=1))
         assert (tmp_path / "out" / "model.safetensors").is_file()
 
     def test_arguments_of_the_launcher_are_left_over(self, arguments, tmp_path):
         config = tmp_path / "run.yaml"
         config.write_text("num_processes: 1\n")
-        _, leftover = train_script.parse([*arguments(config=config), "--accelerate_config", "zero2"])
+        _, leftover = parse([*arguments(config=config), "--accelerate_config", "zero2"])
         assert leftover == ["--num_processes", "1", "--accelerate_config", "zero2"]
 
 
@@ -187,7 +189,7 @@ class TestBadInput:
 
     def refused(self, arguments, capsys, tmp_path):
         with pytest.raises(SystemExit) as stop:
-            train_script.main(arguments)
+            train.main(arguments)
         assert stop.value.code == 2
         assert not (tmp_path / "out").exists()
         messages = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -309,9 +311,9 @@ class TestProcesses:
         script = tmp_path / "script.py"
         script.write_text(
             "import json, sys\n"
-            "from apo_trl import train\n"
-            "run, _ = train.parse(sys.argv[1:])\n"
-            "trainer = train.make_trainer(run)\n"
+            "from apo_trl.training import arguments, script\n"
+            "run, _ = arguments.parse(sys.argv[1:])\n"
+            "trainer = script.make_trainer(run)\n"
             "trainer.train()\n"
             "if trainer.accelerator.is_main_process:\n"
             "    print('LOG', json.dumps(trainer.state.log_history))\n"

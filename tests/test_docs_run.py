@@ -19,7 +19,8 @@ from test_demo import NEEDS_MODEL
 from test_docs import DOCS, READ, ROOT, commands, fences
 from test_pairs_batch import answered
 
-from apo_trl import cli, train
+from apo_trl import train
+from apo_trl.cli import main as cli
 
 
 def shown(page):
@@ -110,8 +111,8 @@ def workplace(model_dir, trained, tmp_path, monkeypatch):
     Path("WHAT_IT_STARTED_FROM").symlink_to(model_dir)
     make_model(seed=1).save_pretrained("MODEL")
     make_tokenizer().save_pretrained("MODEL")
-    Path("PAIRS").mkdir()
-    for name in ("PAIRS/train.jsonl", "mine.jsonl"):
+    Path("DEMO_PAIRS").mkdir()
+    for name in ("DEMO_PAIRS/train.jsonl", "mine.jsonl"):
         write(Path(name), rows(48))
     write(Path("prompts.jsonl"), [{"id": f"p{at}", "prompt": f"Add {at}."} for at in range(9)])
     Path("recipes").symlink_to(ROOT / "recipes")

@@ -10,12 +10,12 @@ import transformers
 from conftest import make_model, make_tokenizer, rows
 from test_cli import write
 
-from apo_trl import cli
-from apo_trl.evaluate import evaluate, summarise, table
-from apo_trl.inputs import InputError
-from apo_trl.intervals import mean_interval, probability_between, wilson
-from apo_trl.merge import merge
+from apo_trl.cli import main as cli
+from apo_trl.errors import InputError
+from apo_trl.evaluation.evaluate import evaluate, summarise, table
+from apo_trl.evaluation.intervals import mean_interval, probability_between, wilson
 from apo_trl.metrics import pair_metrics, regime
+from apo_trl.models.merge import merge
 
 TEXTS = [
     {"prompt": "Two and two", "chosen": " are four", "rejected": " are five, I think"},

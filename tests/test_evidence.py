@@ -16,7 +16,7 @@ import evidence_data as data
 import evidence_figures as figures
 
 from apo_trl.demo.sample import demo_rows
-from apo_trl.inputs import row_fault, useless
+from apo_trl.io.rows import degenerate_reason, validate_row
 
 ROWS = list(demo_rows())
 
@@ -39,8 +39,8 @@ class TestData:
         sets = [data.clair(ROWS), data.unrelated(ROWS, samples), data.lengths(ROWS, 0), data.mixture(ROWS, 0)]
         for rows in sets:
             for row in rows:
-                assert row_fault(row) is None
-                assert useless(row) is None
+                assert validate_row(row) is None
+                assert degenerate_reason(row) is None
         assert texts(sets[1][0])[1] == texts(sets[0][0])[1]
         assert texts(sets[1][0])[2] == f"Another answer to {ROWS[0]['id']}."
 

@@ -5,8 +5,9 @@ import math
 import pytest
 from datasets import Dataset
 
-from apo_trl.dataset import check_dataset
-from apo_trl.inputs import InputError, nearest, row_fault, split_conversation, useless
+from apo_trl.datasets.preprocessing import check_dataset
+from apo_trl.errors import InputError, nearest
+from apo_trl.io.rows import degenerate_reason, split_conversation, validate_row
 
 
 def says(text):
@@ -28,7 +29,7 @@ GOOD = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": says("Hello."),
     ],
 )
 def test_good_rows(row):
-    assert row_fault(row) is None
+    assert validate_row(row) is None
 
 
 @pytest.mark.parametrize(
@@ -46,18 +47,18 @@ def test_good_rows(row):
     ],
 )
 def test_bad_rows_are_named(change, words):
-    assert words in row_fault(GOOD | change)
+    assert words in validate_row(GOOD | change)
 
 
 @pytest.mark.parametrize("wins", [0, 1, 0.5, 1.0])
 def test_good_chosen_wins(wins):
-    assert row_fault({**GOOD, "chosen_wins": wins}, needs_wins=True) is None
+    assert validate_row({**GOOD, "chosen_wins": wins}, needs_wins=True) is None
 
 
 @pytest.mark.parametrize("wins", [None, True, "0.5", math.nan, -0.01, 1.01, math.inf])
 def test_bad_chosen_wins(wins):
-    assert "chosen_wins" in row_fault({**GOOD, "chosen_wins": wins}, needs_wins=True)
-    assert row_fault({**GOOD, "chosen_wins": wins}) is None  # nobody asked for it
+    assert "chosen_wins" in validate_row({**GOOD, "chosen_wins": wins}, needs_wins=True)
+    assert validate_row({**GOOD, "chosen_wins": wins}) is None  # nobody asked for it
 
 
 def test_the_first_bad_row_is_numbered():
@@ -129,4 +130,4 @@ def tokens(prompt, chosen, rejected):
     ],
 )
 def test_useless_pairs_have_a_reason(row, settings, reason):
-    assert useless(row, **settings) == reason
+    assert degenerate_reason(row, **settings) == reason

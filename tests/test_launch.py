@@ -14,8 +14,8 @@ import torch
 from conftest import rows
 from test_cli import BIN, DPO_SCRIPT, QUICK, command, write
 
-from apo_trl import train as train_script
-from apo_trl.recipes import find_recipe, recipe_folder, recipe_names
+from apo_trl import train
+from apo_trl.io.resources import find_recipe, recipe_folder, recipe_names
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +69,7 @@ def alone(workplace):
     def run(method):
         output = folder / f"alone-{method}"
         more = ["--per_device_train_batch_size", "4", "--output_dir", str(output), "--padding_free", "false"]
-        train_script.main([*given, *METHODS[method], *more])
+        train.main([*given, *METHODS[method], *more])
         return output
 
     return run

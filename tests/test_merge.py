@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from apo_trl.inputs import InputError
-from apo_trl.merge import merge
+from apo_trl.errors import InputError
+from apo_trl.models.merge import merge
 
 TOKENS = torch.arange(4, 40).reshape(2, 18)
 CHAT = [{"role": "user", "content": "Add 1 and 2."}, {"role": "assistant", "content": "It is 3"}]

@@ -17,8 +17,9 @@ from trl.scripts.dpo import make_parser
 from trl.scripts.utils import DatasetConfig
 
 from apo_trl import APOConfig, InputError
-from apo_trl.dataset import check_dataset
-from apo_trl.train import _launcher_options, load_splits, parse
+from apo_trl.datasets.preprocessing import check_dataset
+from apo_trl.training.arguments import _launcher_options, parse
+from apo_trl.training.script import load_run_dataset
 
 PAGE = DOCS / "migrating.md"
 TRAINING = (ScriptArguments, APOConfig, ModelConfig, DatasetMixtureConfig)
@@ -197,7 +198,7 @@ def test_a_slice_is_a_share_of_the_rows_and_the_split_a_number(tmp_path):
     after = EXAMPLES[5] | {"datasets": [dict(EXAMPLES[5]["datasets"][0])], "test_split_size": 2}
     after["datasets"][0] |= {"path": "json", "data_files": str(tmp_path / "pairs.jsonl"), "name": None}
     after["datasets"][0]["split"] = after["datasets"][0]["split"].replace("train_prefs", "train")
-    splits = load_splits(settings(tmp_path, yaml.safe_dump(after))[0])
+    splits = load_run_dataset(settings(tmp_path, yaml.safe_dump(after))[0])
     assert {name: len(split) for name, split in splits.items()} == {"train": 3, "test": 2}
     assert splits["train"].column_names == ["chosen", "rejected"]
 

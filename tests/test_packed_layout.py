@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import apo_trl.prefix_sharing.layout as layout
-from apo_trl.data.reading import shared_start
+from apo_trl.io.rows import common_prefix_length
 from apo_trl.prefix_sharing import PackedBatch, PackingCollator, pack, sdpa
 from apo_trl.prefix_sharing.attention import gather, install
 from apo_trl.prefix_sharing.sdpa import Plan, split_attention
@@ -199,7 +199,7 @@ def test_attention_in_blocks_is_attention(monkeypatch, elements, window, size):
 
 @given(st.lists(st.integers(0, 1), max_size=6), st.lists(st.integers(0, 1), max_size=6))
 def test_common_prefix_length(one, other):
-    length = shared_start(one, other)
+    length = common_prefix_length(one, other)
     assert one[:length] == other[:length]
     assert length == min(len(one), len(other)) or one[length] != other[length]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from chat_server import ChatServer
 
-from apo_trl.data import batch
-from apo_trl.data.batch import export_batch, import_batch
-from apo_trl.data.build import build
-from apo_trl.data.settings import make_settings
-from apo_trl.data.store import Store
-from apo_trl.inputs import InputError
+from apo_trl.errors import InputError
+from apo_trl.pairs import batch
+from apo_trl.pairs.batch import export_batch, import_batch
+from apo_trl.pairs.build import build
+from apo_trl.pairs.config.settings import make_settings
+from apo_trl.pairs.llm.response_cache import ResponseCache
 
 ROLES = {
     "clair": ["policy", "reviser"],
@@ -61,12 +61,12 @@ def recipe(tmp_path):
 
 
 def export(settings) -> dict[Path, int]:
-    with Store(settings.folder) as store:
+    with ResponseCache(settings.folder) as store:
         return export_batch(settings, store)
 
 
 def take(settings, *files) -> Counter:
-    with Store(settings.folder) as store:
+    with ResponseCache(settings.folder) as store:
         return import_batch(settings, store, [str(file) for file in files])
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from chat_server import ChatServer
 
-from apo_trl.data.build import build
-from apo_trl.data.settings import make_settings
-from apo_trl.inputs import InputError
+from apo_trl.errors import InputError
+from apo_trl.pairs.build import build
+from apo_trl.pairs.config.settings import make_settings
 
 KEY = "sk-test-0123456789abcdef"
 
@@ -264,7 +264,7 @@ def check(rows, folder, report):
 def cli(keys: dict, *more: str) -> list[str]:
     path = Path(keys["output_dir"]).with_suffix(".yaml")
     path.write_text(json.dumps(keys), encoding="utf-8")  # JSON is YAML
-    return [sys.executable, "-m", "apo_trl.cli", "pairs", "build", str(path), *more]
+    return [sys.executable, "-m", "apo_trl.cli.main", "pairs", "build", str(path), *more]
 
 
 @pytest.mark.slow
@@ -572,9 +572,9 @@ def test_shards_are_parts_and_merge_by_id(prompts, tmp_path):
 
 
 def test_two_runs_do_not_write_to_one_folder(prompts, tmp_path):
-    from apo_trl.data.store import Store
+    from apo_trl.pairs.llm.response_cache import ResponseCache
 
-    with ChatServer(answer) as server, Store(tmp_path / "out"):
+    with ChatServer(answer) as server, ResponseCache(tmp_path / "out"):
         with pytest.raises(InputError, match="output_dir: another run"):
             run(server, prompts(numbered(2)), tmp_path / "out")
 

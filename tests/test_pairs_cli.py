@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from chat_server import ChatServer
 
-import apo_trl.data
+import apo_trl.pairs
 
 KEY = "sk-test-0123456789abcdef"
-COMMAND = [sys.executable, "-m", "apo_trl.cli", "pairs"]
+COMMAND = [sys.executable, "-m", "apo_trl.cli.main", "pairs"]
 HEAVY = ("torch", "trl", "transformers", "datasets", "accelerate")
 
 
@@ -73,7 +73,7 @@ def test_the_help_comes_at_once_and_imports_nothing_heavy():
     code = f"""
 import contextlib, sys, time
 began = time.monotonic()
-from apo_trl.cli import main
+from apo_trl.cli.main import main
 with contextlib.suppress(SystemExit):
     main(["pairs", "build", "--help"])
 print([name for name in {HEAVY} if name in sys.modules], time.monotonic() - began < 1)
@@ -85,11 +85,11 @@ print([name for name in {HEAVY} if name in sys.modules], time.monotonic() - bega
 
 
 def test_importing_every_module_of_the_package_leaves_torch_out():
-    names = sorted(path.stem for path in Path(apo_trl.data.__file__).parent.glob("*.py") if path.stem != "__init__")
+    names = sorted(path.stem for path in Path(apo_trl.pairs.__file__).parent.glob("*.py") if path.stem != "__init__")
     assert len(names) >= 28
     assert {"build", "keys", "settings", "values", "records", "stats"} < set(names)
     for name in names:
-        code = f"import sys, apo_trl.data.{name}; print([name for name in {HEAVY} if name in sys.modules])"
+        code = f"import sys, apo_trl.pairs.{name}; print([name for name in {HEAVY} if name in sys.modules])"
         assert fresh(code) == "[]\n", name
 
 
@@ -248,8 +248,8 @@ def test_ctrl_c_in_a_terminal_gives_it_back_whole(recipe):
 
 def test_without_a_terminal_a_line_is_logged_now_and_then(recipe, monkeypatch):
     code = (
-        "import apo_trl.data.progress as progress, sys; progress._EVERY = 0.3\n"
-        "from apo_trl.cli import main; main(sys.argv[1:])"
+        "import apo_trl.pairs.progress as progress, sys; progress._EVERY = 0.3\n"
+        "from apo_trl.cli.main import main; main(sys.argv[1:])"
     )
     with ChatServer(reply, latency=0.1) as server:
         mine = recipe(server.url, 30)
@@ -264,7 +264,8 @@ def test_without_a_terminal_a_line_is_logged_now_and_then(recipe, monkeypatch):
 
 
 def test_what_is_not_installed_is_said_in_one_sentence(monkeypatch, capsys):
-    from apo_trl import cli, data
+    from apo_trl import pairs as data
+    from apo_trl.cli import main as cli
 
     monkeypatch.setattr(data, "find_spec", lambda name: None if name == "rapidfuzz" else object())
     for arguments, status in ((["pairs", "stats", "x.jsonl"], 2), (["recipes", "check", "pairs/clair"], 1)):

@@ -10,10 +10,10 @@ from zlib import crc32
 import pytest
 from chat_server import ChatServer
 
-from apo_trl.data.build import build
-from apo_trl.data.estimate import estimate, table
-from apo_trl.data.settings import make_settings
-from apo_trl.data.store import open_or_empty
+from apo_trl.pairs.build import build
+from apo_trl.pairs.config.settings import make_settings
+from apo_trl.pairs.estimate import estimate, table
+from apo_trl.pairs.llm.response_cache import open_read_only
 
 ROLES = {
     "clair": ["policy", "reviser"],
@@ -56,7 +56,7 @@ def recipe(tmp_path):
 
 
 def dry(settings) -> dict:
-    with open_or_empty(settings.folder) as store:
+    with open_read_only(settings.folder) as store:
         return estimate(settings, store)
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apo_trl.data.gates import REVISION_FAULTS, Limits, is_refusal, revision_fault
+from apo_trl.pairs.text.filters import REVISION_REASONS, RevisionLimits, is_refusal, revision_reason
 
 DATA = Path(os.environ.get("APO_TRL_DATA", "/nowhere"))
 PAIRS = {
@@ -43,7 +43,7 @@ CODE = "```python\nprint(1)\n```"
 
 
 def fault(original, revision, task=TASK, **limits):
-    return revision_fault(task, original, revision, Limits(**limits))
+    return revision_reason(task, original, revision, RevisionLimits(**limits))
 
 
 CASES = {
@@ -112,8 +112,8 @@ def test_names_the_rule(original, revision, task, name):
 
 def test_every_rule_is_explained_and_tried():
     tried = {name for *_, name in CASES.values() if name} | {"too_far", "length_ratio"}
-    assert tried == set(REVISION_FAULTS)
-    assert all(text.endswith(".") for text in REVISION_FAULTS.values())
+    assert tried == set(REVISION_REASONS)
+    assert all(text.endswith(".") for text in REVISION_REASONS.values())
 
 
 @pytest.mark.parametrize(
@@ -183,14 +183,14 @@ def test_no_refusal(text):
 @settings(deadline=None)
 @given(st.text(), st.text(), st.text())
 def test_any_text_has_a_known_fault_or_none(task, original, revision):
-    assert fault(original, revision, task) in {None, *REVISION_FAULTS}
+    assert fault(original, revision, task) in {None, *REVISION_REASONS}
     assert fault(original, original, task) in ("empty", "unchanged")
     assert is_refusal(original) in (True, False)
 
 
 def test_languages_are_loaded_only_for_a_question():
     code = (
-        "import sys; from apo_trl.data.gates import Limits, revision_fault\n"
+        "import sys; from apo_trl.pairs.text.filters import RevisionLimits, revision_reason\n"
         "assert revision_fault('Why?', 'It is air, and light. ' * 9, 'It is air and light. ' * 9, Limits()) is None\n"
         "assert not {'py3langid', 'torch', 'trl', 'transformers'} & set(sys.modules)"
     )
@@ -205,7 +205,7 @@ def test_real_pairs_raise_no_false_alarm(name):
         rows = [json.loads(line) for line in file]
     assert len(rows) == PAIRS[name]
     found = [
-        revision_fault(*(row[side][-1]["content"] for side in ("prompt", "rejected", "chosen")), Limits())
+        revision_reason(*(row[side][-1]["content"] for side in ("prompt", "rejected", "chosen")), RevisionLimits())
         for row in rows
     ]
     # They do: "this enhanced code", "in this corrected solution", "with the corrected approach".

@@ -10,9 +10,9 @@ from conftest import TEMPLATE, make_model, make_tokenizer
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
-from apo_trl.in_process import Generator, RewardModel
-from apo_trl.in_process.generator import sampling_scores
-from apo_trl.inputs import InputError
+from apo_trl.errors import InputError
+from apo_trl.pairs.llm.in_process import Generator, RewardModel
+from apo_trl.pairs.llm.in_process.generator import sampling_scores
 
 REFUSING = "{% if messages[-1]['role'] == 'tool' %}{{ raise_exception('No tools') }}{% endif %}"
 QUESTIONS = ["Hi", "Add 1 and 2, please.", "Why is the sky blue? " * 4, "Name a colour.", "x" * 60]

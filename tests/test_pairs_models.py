@@ -14,12 +14,12 @@ from chat_server import ChatServer
 from conftest import make_model, make_tokenizer
 from test_pairs_build import answer, numbered, pairs, prompts, text  # noqa: F401  (a fixture among them)
 
-from apo_trl.data.build import build
-from apo_trl.data.settings import make_settings
+from apo_trl.pairs.build import build
+from apo_trl.pairs.config.settings import make_settings
 
 
 def test_a_policy_in_this_process_and_training_on_what_it_made(prompts, train, model_dir, tmp_path):  # noqa: F811
-    from apo_trl.dataset import load_dataset
+    from apo_trl.io.readers import load_dataset
 
     recipe = {
         "method": "clair", "prompts": prompts(numbered(12)), "output_dir": str(tmp_path / "pairs"),
@@ -95,7 +95,7 @@ def test_a_reward_model_ranks_without_any_server(prompts, tmp_path):  # noqa: F8
 
 
 def test_a_model_that_cannot_be_loaded_stops_the_run_in_one_sentence(prompts, tmp_path, capfd):  # noqa: F811
-    from apo_trl import cli
+    from apo_trl.cli import main as cli
 
     (tmp_path / "recipe.yaml").write_text(
         json.dumps(
@@ -119,7 +119,7 @@ def test_a_model_that_cannot_be_loaded_stops_the_run_in_one_sentence(prompts, tm
 @pytest.fixture
 def served(tmp_path):
     """SmolLM2 behind `transformers serve`: the name of the model there, and the URL."""
-    from apo_trl.demo import smollm2
+    from apo_trl.models.packaged import smollm2
 
     model = smollm2()
     with socket.socket() as free:
@@ -184,7 +184,7 @@ def test_a_real_server_from_prompts_to_training(served, prompts, tmp_path):  # n
 
     build(make_settings(recipe))
     done = subprocess.run(
-        [sys.executable, "-m", "apo_trl.cli", "train", "smollm2-135m/apo_zero_lora", "--model_name_or_path", model,
+        [sys.executable, "-m", "apo_trl.cli.main", "train", "smollm2-135m/apo_zero_lora", "--model_name_or_path", model,
          "--dataset_name", str(tmp_path / "pairs"), "--output_dir", str(tmp_path / "out"), "--max_steps", "1",
          "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--use_cpu", "--bf16", "false",
          "--eval_strategy", "no", "--report_to", "none", "--num_processes", "1"],

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from apo_trl.data import output, parquet
-from apo_trl.data.card import REASONS, card
-from apo_trl.data.gates import REVISION_FAULTS
-from apo_trl.data.output import write
-from apo_trl.data.reading import read_rows
-from apo_trl.data.settings import make_settings
-from apo_trl.data.store import Store
-from apo_trl.inputs import InputError
+from apo_trl.errors import InputError
+from apo_trl.io.readers import read_rows
+from apo_trl.pairs.config.settings import make_settings
+from apo_trl.pairs.llm.response_cache import ResponseCache
+from apo_trl.pairs.output import parquet
+from apo_trl.pairs.output import writer as output
+from apo_trl.pairs.output.card import REASONS, card
+from apo_trl.pairs.output.writer import write
+from apo_trl.pairs.text.filters import REVISION_REASONS
 
 URL = "http://secret-host.example.org:8123/v1"
 ODD = [
@@ -59,7 +60,7 @@ def finish(tmp_path):
         for role in ("policy", "reviser", "judge"):
             basis |= {f"{role}_base_url": URL, f"{role}_model": f"{role}-model"}
         settings = make_settings(basis | keys)
-        with Store(settings.folder) as store:
+        with ResponseCache(settings.folder) as store:
             store.begin()
             for at, row in enumerate(rows):
                 reason, detail = ("", "") if isinstance(row, dict) else row
@@ -261,7 +262,7 @@ def test_every_reason_has_an_explanation():
     }  # fmt: skip
     for role in ("policy", "reviser", "stronger"):
         found |= {f"{role}_{end}" for end in ("truncated", "filtered", "unfinished", "empty", "error")}
-    found |= {*REVISION_FAULTS, "judge_error", "bad_row", "duplicate_prompt", "duplicate_id", "not_asked"}
+    found |= {*REVISION_REASONS, "judge_error", "bad_row", "duplicate_prompt", "duplicate_id", "not_asked"}
     found |= {"tie", "disagreement", "judge_invalid"}
     found |= {"prompt_fills_max_length", "identical_after_truncation", "template_fails"}
     assert found - computed == set(REASONS)
@@ -426,10 +427,10 @@ def test_a_conversation_that_the_template_refuses_harms_no_other(finish, tmp_pat
 MEMORY = """
 import json, sys
 from pathlib import Path
-from apo_trl.data.output import write
-from apo_trl.data.reading import read_rows
-from apo_trl.data.settings import make_settings
-from apo_trl.data.store import Store
+from apo_trl.pairs.output.writer import write
+from apo_trl.io.readers import read_rows
+from apo_trl.pairs.config.settings import make_settings
+from apo_trl.pairs.llm.response_cache import ResponseCache
 import pyarrow.parquet
 
 def peak():  # in MB, of this process alone: that of getrusage begins at its parent's
@@ -468,8 +469,7 @@ def test_memory_does_not_grow_with_the_pairs(tmp_path):
 
 def test_a_folder_that_was_written_anew_is_read_anew(finish, tmp_path, monkeypatch):
     """`datasets` keeps what it made of a folder with a card, and knows nothing of files that have changed since."""
-    from apo_trl.data.reading import read_rows
-    from apo_trl.dataset import load_dataset
+    from apo_trl.io.readers import load_dataset, read_rows
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "folder"

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from apo_trl.data.parsing import Malformed, Revision, build_reply, parse_revision
-from apo_trl.data.templates import suffix_for
-from apo_trl.data.verdicts import Verdict, parse_score, parse_verdict
+from apo_trl.pairs.text.revisions import Malformed, Revision, build_reply, parse_revision
+from apo_trl.pairs.text.templates import suffix_for
+from apo_trl.pairs.text.verdicts import Verdict, parse_score, parse_verdict
 
 DATA = Path(os.environ.get("APO_TRL_DATA", "/nowhere"))
 HERE, WHY, WORSE = "{corrected_student_solution}", "{teacher_reasoning}", "{worsened_student_solution}"

@@ -6,16 +6,17 @@ import json
 import pytest
 from hypothesis import given, settings, strategies
 
-from apo_trl.data.records import Answer, Source, as_text, read_records
-from apo_trl.data.settings import make_settings
-from apo_trl.data.templates import Template, load_template, suffix_for
-from apo_trl.inputs import InputError
+from apo_trl.errors import InputError
+from apo_trl.io.messages import completion_text
+from apo_trl.pairs.config.settings import make_settings
+from apo_trl.pairs.prompts import Answer, PromptSource, read_records
+from apo_trl.pairs.text.templates import Template, load_template, suffix_for
 
 KEYS = {"method": "clair", "output_dir": "out", "policy_model": "p", "reviser_model": "r"}
 
 
-def source(path, **more) -> Source:
-    return Source(make_settings(KEYS | {"prompts": str(path)} | more))
+def source(path, **more) -> PromptSource:
+    return PromptSource(make_settings(KEYS | {"prompts": str(path)} | more))
 
 
 def read(rows: list, **more) -> list:
@@ -509,9 +510,9 @@ def test_hostile_texts_cost_no_time():
 def test_what_a_side_says():
     call = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
     parts = [{"type": "text", "text": "two "}, {"type": "image"}, {"type": "text", "text": "parts"}]
-    assert as_text("as it is") == "as it is"
-    assert as_text([user("alone")]) == "alone"
-    assert as_text([{"role": "assistant", "content": parts}]) == "two parts"
-    assert as_text([{"role": "assistant", "content": None, "tool_calls": call}]) == json.dumps(call)
+    assert completion_text("as it is") == "as it is"
+    assert completion_text([user("alone")]) == "alone"
+    assert completion_text([{"role": "assistant", "content": parts}]) == "two parts"
+    assert completion_text([{"role": "assistant", "content": None, "tool_calls": call}]) == json.dumps(call)
     several = [user("2 + 2?"), {"role": "assistant", "content": "I add.", "tool_calls": call}]
-    assert as_text(several) == f"user: 2 + 2?\n\nassistant: I add.\n{json.dumps(call)}"
+    assert completion_text(several) == f"user: 2 + 2?\n\nassistant: I add.\n{json.dumps(call)}"

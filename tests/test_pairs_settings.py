@@ -8,10 +8,11 @@ import re
 import pytest
 import yaml
 
-from apo_trl.data.keys import FIELDS, ROLE_FIELDS
-from apo_trl.data.settings import METHODS, ROLES, add_arguments, known_keys, make_settings, parse, shard_of
-from apo_trl.inputs import InputError
-from apo_trl.recipes import check, find_recipe, pairs_names
+from apo_trl.errors import InputError
+from apo_trl.io.resources import find_recipe, pairs_names
+from apo_trl.pairs.config.keys import FIELDS, ROLE_FIELDS
+from apo_trl.pairs.config.settings import METHODS, ROLES, add_arguments, known_keys, make_settings, parse, shard_of
+from apo_trl.recipes.check import check
 
 URL = "http://127.0.0.1:9/v1"
 BASE = {

@@ -15,12 +15,13 @@ from conftest import TEMPLATE, make_tokenizer, rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apo_trl.data.overlap import EvalSets, prompt_text
-from apo_trl.data.reading import read_pairs, read_rows
-from apo_trl.data.stats import Statistics, contrast
-from apo_trl.data.table import table
-from apo_trl.data.tokens import encode_pair, load_tokenizer, words
-from apo_trl.inputs import InputError
+from apo_trl.errors import InputError
+from apo_trl.io.readers import read_pairs, read_rows
+from apo_trl.io.tokenization import encode_pair, load_tokenizer
+from apo_trl.pairs.statistics.overlap import EvalSets, prompt_text
+from apo_trl.pairs.statistics.statistics import Statistics, contrast
+from apo_trl.pairs.statistics.table import table
+from apo_trl.pairs.text.words import words
 
 DATA = Path(os.environ.get("APO_TRL_DATA", "/nowhere"))
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="APO_TRL_DATA names no folder of real preference pairs")
@@ -606,10 +607,10 @@ def test_neither_torch_nor_trl(tmp_path):
     write(tmp_path / "pairs.jsonl", CONVERSATIONS, "jsonl")
     code = f"""
 import sys
-from apo_trl.data.overlap import EvalSets
-from apo_trl.data.reading import read_pairs
-from apo_trl.data.stats import Statistics
-from apo_trl.data.table import table
+from apo_trl.pairs.statistics.overlap import EvalSets
+from apo_trl.io.readers import read_pairs
+from apo_trl.pairs.statistics.statistics import Statistics
+from apo_trl.pairs.statistics.table import table
 for name in ("pairs.parquet", "pairs.jsonl"):
     made = Statistics()
     for row in read_pairs({str(tmp_path)!r} + "/" + name):

@@ -8,17 +8,17 @@ import sys
 
 import pytest
 
-from apo_trl.data.asking import Asker
-from apo_trl.data.settings import make_settings
-from apo_trl.data.store import Store, open_or_empty, reply_key
-from apo_trl.inputs import InputError
+from apo_trl.errors import InputError
+from apo_trl.pairs.config.settings import make_settings
+from apo_trl.pairs.llm.requests import Requester
+from apo_trl.pairs.llm.response_cache import ResponseCache, open_read_only, reply_key
 
 ENTRY = {"role": "policy", "step": "sample", "row": "1", "sample": 0, "model": "m", "usage": (3, 5), "cost": 0.5}
 
 WRITER = """
 import sys
 from pathlib import Path
-from apo_trl.data.store import Store
+from apo_trl.pairs.llm.response_cache import ResponseCache
 store = Store(Path(sys.argv[1]))
 for number in range(10**9):
     store.add(f"{sys.argv[2]}-{number}", '"' + "x" * 3000 + '"', role="policy", step="sample", row="r", sample=0,
@@ -38,7 +38,7 @@ def test_what_add_returned_for_survives_sigkill(tmp_path):
         lines += process.communicate()[0].splitlines(keepends=True)
         assert process.returncode == -signal.SIGKILL
         told[name] = max(int(line) for line in lines if line.endswith("\n"))
-    with Store(tmp_path) as store:
+    with ResponseCache(tmp_path) as store:
         for name, last in told.items():
             assert last >= 299
             for number in range(last + 1):
@@ -47,13 +47,13 @@ def test_what_add_returned_for_survives_sigkill(tmp_path):
 
 
 def test_a_second_writer_is_told_and_the_first_goes_on(tmp_path):
-    with Store(tmp_path) as first:
+    with ResponseCache(tmp_path) as first:
         other = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path), "b"], capture_output=True, text=True)
         assert "InputError: output_dir: another run is writing to" in other.stderr
         with pytest.raises(InputError, match="another run"):
-            Store(tmp_path)
+            ResponseCache(tmp_path)
         first.add("a", "1", **ENTRY)
-    with Store(tmp_path) as later:
+    with ResponseCache(tmp_path) as later:
         assert later.reply("a") == 1
 
 
@@ -64,25 +64,25 @@ def test_a_file_that_is_no_database_is_named_and_stays(tmp_path, content):
     (tmp_path / "store.sqlite").write_bytes(content)
     for _ in range(2):  # the lock is free again
         with pytest.raises(InputError, match=r"store\.sqlite is no store .*move it away"):
-            Store(tmp_path)
+            ResponseCache(tmp_path)
     assert (tmp_path / "store.sqlite").read_bytes() == content
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"output_dir: .*file cannot be made"):
-        Store(tmp_path / "file")
+        ResponseCache(tmp_path / "file")
     (tmp_path / "a" / "store.sqlite").mkdir(parents=True)
     for _ in range(2):
         with pytest.raises(InputError, match=r"store\.sqlite cannot be opened"):
-            Store(tmp_path / "a")
+            ResponseCache(tmp_path / "a")
     (tmp_path / "b" / "store.lock").mkdir(parents=True)
     with pytest.raises(InputError, match=r"output_dir: .*b cannot be written to"):
-        Store(tmp_path / "b")
+        ResponseCache(tmp_path / "b")
 
 
 def test_a_full_disk_is_told_and_takes_nothing_with_it(tmp_path):
-    with Store(tmp_path) as store:
+    with ResponseCache(tmp_path) as store:
         store.add("a", "1", **ENTRY)
         pages = store._base.execute("PRAGMA page_count").fetchone()[0]
         store._base.execute(f"PRAGMA max_page_count = {pages}")
@@ -90,17 +90,17 @@ def test_a_full_disk_is_told_and_takes_nothing_with_it(tmp_path):
             store.add("b", json.dumps("x" * 100_000), **ENTRY)
         assert store.reply("a") == 1
         assert store.reply("b") is None
-    with Store(tmp_path) as store:
+    with ResponseCache(tmp_path) as store:
         store.add("b", "2", **ENTRY)
         assert (store.reply("a"), store.reply("b")) == (1, 2)
 
 
 def test_replies_of_shards_are_taken_over_once_and_the_own_stay(tmp_path):
     for name, keys in {"one": "ab", "two": "bc"}.items():
-        with Store(tmp_path / name) as shard:
+        with ResponseCache(tmp_path / name) as shard:
             for key in keys:
                 shard.add(key, json.dumps(name), **ENTRY)
-    with Store(tmp_path / "whole") as whole:
+    with ResponseCache(tmp_path / "whole") as whole:
         whole.add("a", '"whole"', **ENTRY)
         paths = [tmp_path / name / "store.sqlite" for name in ("one", "two")]
         assert [whole.take_over(path) for path in paths] == [1, 1]
@@ -118,7 +118,7 @@ def test_replies_of_shards_are_taken_over_once_and_the_own_stay(tmp_path):
 
 
 def test_usage_and_mean_are_sums_and_means_of_what_was_answered(tmp_path):
-    with Store(tmp_path) as store:
+    with ResponseCache(tmp_path) as store:
         assert store.usage() == store.mean_tokens() == {}
         store.add("1", "1", **ENTRY)
         store.add("1", "2", **ENTRY | {"usage": (9, 9)})  # there already: it has been used
@@ -136,12 +136,12 @@ def test_usage_and_mean_are_sums_and_means_of_what_was_answered(tmp_path):
 
 
 def test_an_empty_store_leaves_nothing_behind(tmp_path):
-    with open_or_empty(tmp_path / "none") as store:
+    with open_read_only(tmp_path / "none") as store:
         store.add("1", "1", **ENTRY)
     assert not (tmp_path / "none").exists()
-    with Store(tmp_path / "whole" / "shards" / "0-of-2") as shard:
+    with ResponseCache(tmp_path / "whole" / "shards" / "0-of-2") as shard:
         shard.add("1", "1", **ENTRY)
-    with open_or_empty(tmp_path / "whole") as store:
+    with open_read_only(tmp_path / "whole") as store:
         assert store.reply("1") == 1
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["shards"]
 
@@ -179,7 +179,7 @@ def key_of(step="sample", messages=(("user", "Hi"),), sample=0, template="", row
     basis = {"method": "clair", "prompts": "p.jsonl", "output_dir": "out", "reviser_model": "r"}
     settings = make_settings(basis | REQUEST | keys)
     said = [{"role": role, "content": content} for role, content in messages]
-    asker = Asker(settings, None, None)
+    asker = Requester(settings, None, None)
     return asker._request(settings.policy[0], step, said, row, sample, template)
 
 

@@ -15,8 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from trl import DPOConfig, DPOTrainer
 
 from apo_trl import APOTrainer
-from apo_trl.config import HOST_LOSSES, OUR_LOSSES, SMOOTHED
-from apo_trl.losses import LOSSES, PER_TOKEN
+from apo_trl.config import ADDED_LOSSES, SMOOTHED_LOSSES, TRL_LOSSES
+from apo_trl.losses import LOSSES, PER_TOKEN_LOSSES
 from apo_trl.metrics import SLOPES, largest_slope
 
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True)
@@ -30,7 +30,7 @@ def same(ours, theirs, tolerance=0.0):
     assert ours == pytest.approx(theirs, rel=max(tolerance, CLOSE), abs=max(tolerance, CLOSE))
 
 
-@pytest.mark.parametrize("name", HOST_LOSSES)
+@pytest.mark.parametrize("name", TRL_LOSSES)
 def test_every_loss_of_the_host_trains_as_before(train, name):
     settings = {"loss_type": name, **NEEDS.get(name, {})}
     theirs, ours = train(DPOTrainer, DPOConfig, **settings), train(**settings)
@@ -42,7 +42,7 @@ def test_every_loss_of_the_host_trains_as_before(train, name):
 @pytest.mark.parametrize("case", ["full", "lora", "ld_alpha", "accumulation", "checkpointing", "keep_end"])
 def test_our_functions_equal_the_hosts_losses(train, monkeypatch, name, case):
     """`LOSSES[name]`, trained under another name through our own path, against the host's code."""
-    monkeypatch.setitem(OUR_LOSSES, f"our_{name}", LOSSES[name])
+    monkeypatch.setitem(ADDED_LOSSES, f"our_{name}", LOSSES[name])
     settings = {
         "full": {},
         "lora": {"peft_config": LORA},
@@ -293,14 +293,14 @@ def graded(trainer, ratios, wins):
 
 @pytest.mark.parametrize("name", sorted(SLOPES))
 def test_slopes_are_those_of_the_real_loss(train, name):
-    settings = {"beta": 0.3, "discopop_tau": 0.7, **({"label_smoothing": 0.2} if name in SMOOTHED else {})}
+    settings = {"beta": 0.3, "discopop_tau": 0.7, **({"label_smoothing": 0.2} if name in SMOOTHED_LOSSES else {})}
     trainer = train(loss_type=[name], run=False, **settings)
     generator = torch.Generator().manual_seed(0)
     for spread in (0.1, 5, 30):
         ratios = spread * torch.randn(len(LENGTHS), 2, generator=generator, dtype=torch.float64)
         wins = torch.rand(len(LENGTHS), generator=generator, dtype=torch.float64)
         gradients = graded(trainer, ratios, wins)
-        per_token = LENGTHS if name in PER_TOKEN else torch.ones_like(LENGTHS)
+        per_token = LENGTHS if name in PER_TOKEN_LOSSES else torch.ones_like(LENGTHS)
         expected = torch.linalg.vector_norm(gradients * per_token, dim=1)
         rewards = 0.3 * ratios / per_token
         slope = functools.partial(SLOPES[name], beta=0.3, smoothing=settings.get("label_smoothing", 0), tau=0.7)
@@ -308,7 +308,7 @@ def test_slopes_are_those_of_the_real_loss(train, name):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-9, check_dtype=False)
 
 
-@pytest.mark.parametrize("name", [*HOST_LOSSES, *OUR_LOSSES])
+@pytest.mark.parametrize("name", [*TRL_LOSSES, *ADDED_LOSSES])
 def test_saturation_of_every_loss_at_both_ends(train, name):
     """Near the anchor no pair is saturated; far from it, those of a loss whose slope fades are."""
     trainer = train(loss_type=name, run=False, **NEEDS.get(name, {}))
@@ -334,7 +334,7 @@ def test_saturation_threshold(train):
 
 
 def test_a_loss_of_unknown_slope_trains_without_the_metric(train, monkeypatch):
-    monkeypatch.setitem(OUR_LOSSES, "a_loss_of_next_year", LOSSES["apo_zero"])
+    monkeypatch.setitem(ADDED_LOSSES, "a_loss_of_next_year", LOSSES["apo_zero"])
     known, unknown = train(loss_type="apo_zero", steps=2), train(loss_type="a_loss_of_next_year", steps=2)
     assert len(curve(known, "apo/saturated")) == 2
     assert curve(unknown, "apo/saturated") == []

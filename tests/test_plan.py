@@ -10,10 +10,10 @@ from conftest import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from apo_trl import footprint
-from apo_trl import plan as planning
-from apo_trl.inputs import InputError
-from apo_trl.plan import Plan, from_recipe, plan, table, verdict
+from apo_trl.errors import InputError
+from apo_trl.recipes.memory import footprint
+from apo_trl.recipes.memory import plan as planning
+from apo_trl.recipes.memory.plan import Plan, from_recipe, plan, table, verdict
 
 SHAPE = dict(
     vocab_size=512, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8
@@ -55,7 +55,9 @@ def nbytes(tensors):
 
 
 def test_importing_it_imports_no_torch():
-    code = "import sys, apo_trl.plan; sys.exit(bool({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    code = (
+        "import sys, apo_trl.recipes.memory.plan; sys.exit(bool({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -432,7 +434,7 @@ def test_a_gpu_has_memory():
 
 
 def parsed(recipe, *arguments):
-    from apo_trl.train import parse
+    from apo_trl.training.arguments import parse
 
     return parse([recipe, "--use_cpu", *map(str, arguments)])[0]
 

@@ -9,8 +9,9 @@ from conftest import curve, rows
 from datasets import Dataset, load_dataset
 from test_cli import BIN, command, write
 
-from apo_trl import APOConfig, InputError, dataset
-from apo_trl.recipes import recipe_folder
+from apo_trl import APOConfig, InputError
+from apo_trl.datasets import preprocessing as dataset
+from apo_trl.io.resources import recipe_folder
 
 HEAD = """
 import faulthandler, functools, json, sys
@@ -33,7 +34,7 @@ def report(**values):
 """
 
 ROWS = """
-from apo_trl import dataset
+from apo_trl.datasets import preprocessing as dataset
 
 seen, inner = 0, dataset._with_reasons
 
@@ -153,7 +154,7 @@ def test_rows_are_looked_at_again_only_if_something_changed(train, tmp_path, cou
     assert looked_at(output_dir=str(tmp_path / "other"), learning_rate=1e-4) == []
     assert looked_at(max_length=500) == [12]
     assert looked_at(loss_type="apo_blend") == [12, 12]  # it reads a column more
-    monkeypatch.setattr("apo_trl.dataset.inspect.getsource", lambda module: "a later version's rules")
+    monkeypatch.setattr("apo_trl.datasets.preprocessing.inspect.getsource", lambda module: "a later version's rules")
     assert looked_at() == [12, 12]
 
 

@@ -151,6 +151,6 @@ def test_the_file_tree_is_whole():
 
 
 def test_the_commands_it_names_exist():
-    text = subprocess.run([sys.executable, "-m", "apo_trl.cli", "--help"], capture_output=True, text=True).stdout
+    text = subprocess.run([sys.executable, "-m", "apo_trl.cli.main", "--help"], capture_output=True, text=True).stdout
     for command in set(re.findall(r"apo-trl (\w+)", README)) - {"already"}:
         assert re.search(rf"^    {command} ", text, re.MULTILINE), command

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import curve
 
-from apo_trl.dataset import load_dataset
+from apo_trl.io.readers import load_dataset
 
 DATA = Path(os.environ.get("APO_TRL_DATA", "/nowhere"))
 FILES = {

@@ -5,19 +5,12 @@ import yaml
 from conftest import rows
 from test_cli import write
 
-from apo_trl import cli
-from apo_trl.inputs import InputError
-from apo_trl.recipes import (
-    accelerate_config,
-    check,
-    describe,
-    find_recipe,
-    hardware,
-    pairs_names,
-    recipe_folder,
-    recipe_names,
-)
-from apo_trl.train import parse
+from apo_trl.cli import main as cli
+from apo_trl.errors import InputError
+from apo_trl.io.resources import accelerate_config, find_recipe, hardware, pairs_names, recipe_folder, recipe_names
+from apo_trl.recipes.catalog import describe
+from apo_trl.recipes.check import check
+from apo_trl.training.arguments import parse
 
 NAMES = recipe_names()
 HARDWARE = sorted((recipe_folder() / "accelerate").glob("*.yaml"))
@@ -133,7 +126,7 @@ class TestCheck:
         assert words in capsys.readouterr().out
 
     def test_four_bits_without_the_extra(self, file, monkeypatch):
-        monkeypatch.setattr("apo_trl.recipes.find_spec", lambda name: None)
+        monkeypatch.setattr("apo_trl.recipes.check.find_spec", lambda name: None)
         findings = check(file("load_in_4bit: true\nuse_peft: true"))
         assert any("pip install 'apo-trl[qlora]'" in finding.text for finding in findings)
 

@@ -20,10 +20,12 @@ from test_parity import LORA, same
 from transformers import LlamaModel
 from trl import DPOConfig, DPOTrainer
 
-from apo_trl import APOConfig, APOTrainer, InputError, fingerprint, recipes, register, unregister
-from apo_trl.fingerprint import reference_fingerprint
-from apo_trl.reference import pair_key
-from apo_trl.reference_store import ReferenceStore
+from apo_trl import APOConfig, APOTrainer, InputError, register, unregister
+from apo_trl.io import resources as recipes
+from apo_trl.reference_cache import fingerprint
+from apo_trl.reference_cache.cache import pair_key
+from apo_trl.reference_cache.fingerprint import reference_fingerprint
+from apo_trl.reference_cache.store import ReferenceStore
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 

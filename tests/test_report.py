@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from apo_trl.inputs import InputError
-from apo_trl.report import report
+from apo_trl.errors import InputError
+from apo_trl.evaluation.report import report
 
 VOID = {"meta", "link", "img", "br"}
 KINDS = ["rewards", "regimes", "pairs", "plane", "losses", "saved"]
@@ -591,7 +591,7 @@ def test_the_picture_of_the_demo(tmp_path, monkeypatch):
     """Rewards are beta times log-ratios in both panels, and a pair at the anchor is in no regime of its own."""
     from matplotlib.figure import Figure
 
-    from apo_trl.report import draw_report
+    from apo_trl.evaluation.report import draw_report
 
     seen, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: seen.append(figure) or save(figure, *a, **k))
@@ -609,7 +609,7 @@ def test_the_picture_of_the_demo(tmp_path, monkeypatch):
 
 
 def test_importing_it_loads_neither_torch_nor_matplotlib():
-    code = "import sys, apo_trl.report, apo_trl.report.page; print({'torch', 'trl', 'matplotlib'} & {*sys.modules})"
+    code = "import sys, apo_trl.evaluation.report.page; print({'torch', 'trl', 'matplotlib'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -623,7 +623,7 @@ def test_real_runs_of_this_trainer_and_of_plain_trl(train, model_dir, dataset, t
     """What the host logs, saves and `evaluate` writes is what is read here."""
     import trl
 
-    from apo_trl.evaluate import evaluate, write_rows
+    from apo_trl.evaluation.evaluate import evaluate, write_rows
 
     settings = dict(eval_dataset=dataset, eval_strategy="steps", eval_steps=2, steps=4)
     folders = [tmp_path / name for name in ("ours", "plain")]

@@ -14,8 +14,11 @@ from conftest import rows
 from safetensors.torch import load_file
 from test_cli import command, write
 
-from apo_trl import train as train_script
-from apo_trl.inputs import InputError
+from apo_trl import train
+from apo_trl.errors import InputError
+from apo_trl.training import script as train_script
+from apo_trl.training.arguments import parse
+from apo_trl.training.checkpoints import last_checkpoint, resume_from
 
 BIN = Path(sys.executable).parent
 ZERO2 = Path(__file__).parents[1] / "recipes" / "accelerate" / "zero2.yaml"
@@ -37,6 +40,7 @@ RESUME = ["--resume_from_checkpoint", "true"]
 KILLED = """\
 import os, signal
 from apo_trl import train
+from apo_trl.training import script
 from transformers import TrainerCallback
 
 class Kill(TrainerCallback):
@@ -44,14 +48,14 @@ class Kill(TrainerCallback):
         if state.global_step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-make_trainer = train.make_trainer
+make_trainer = script.make_trainer
 
 def with_kill(run):
     trainer = make_trainer(run)
     trainer.add_callback(Kill())
     return trainer
 
-train.make_trainer = with_kill
+script.make_trainer = with_kill
 train.main()
 """
 
@@ -143,17 +147,17 @@ BROKEN = {
 
 class TestLastCheckpoint:
     def test_is_the_newest(self, output_dir):
-        assert train_script.last_checkpoint(str(output_dir)) == str(output_dir / "checkpoint-4")
+        assert last_checkpoint(str(output_dir)) == str(output_dir / "checkpoint-4")
 
     def test_numbers_are_numbers(self, output_dir):
         (output_dir / "checkpoint-4").rename(output_dir / "checkpoint-10")
-        assert train_script.last_checkpoint(str(output_dir)) == str(output_dir / "checkpoint-10")
+        assert last_checkpoint(str(output_dir)) == str(output_dir / "checkpoint-10")
 
     @pytest.mark.parametrize("fault", BROKEN)
     def test_half_a_checkpoint_is_passed_over_by_name(self, output_dir, fault):
         BROKEN[fault](output_dir / "checkpoint-4")
         with pytest.warns(UserWarning, match=rf"checkpoint-4 is passed over: it {fault}\."):
-            found = train_script.last_checkpoint(str(output_dir))
+            found = last_checkpoint(str(output_dir))
         assert found == str(output_dir / "checkpoint-2")
 
     def test_a_shard_that_is_missing(self, output_dir):
@@ -162,62 +166,62 @@ class TestLastCheckpoint:
         shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
         with pytest.warns(UserWarning, match=r"it has no model-00002-of-00002\.safetensors\."):
-            assert train_script.last_checkpoint(str(output_dir)) == str(output_dir / "checkpoint-2")
+            assert last_checkpoint(str(output_dir)) == str(output_dir / "checkpoint-2")
 
     def test_only_the_first_process_warns(self, output_dir, monkeypatch):
         (output_dir / "checkpoint-4" / "trainer_state.json").unlink()
         monkeypatch.setenv("LOCAL_RANK", "1")
-        assert train_script.last_checkpoint(str(output_dir)) == str(output_dir / "checkpoint-2")
+        assert last_checkpoint(str(output_dir)) == str(output_dir / "checkpoint-2")
 
     @pytest.mark.parametrize("name", ["nothing.txt", "checkpoint-best", "checkpoint-"])
     def test_none(self, tmp_path, name):
-        assert train_script.last_checkpoint(str(tmp_path / "nowhere")) is None
+        assert last_checkpoint(str(tmp_path / "nowhere")) is None
         (tmp_path / "out" / name).mkdir(parents=True)
-        assert train_script.last_checkpoint(str(tmp_path / "out")) is None
+        assert last_checkpoint(str(tmp_path / "out")) is None
 
 
 class TestResume:
     def test_past_half_a_checkpoint(self, arguments, tmp_path):
         """What is left of checkpoint-4 is passed over, and written again on the way."""
         out = tmp_path / "out"
-        train_script.main(arguments(out, steps=4))
+        train.main(arguments(out, steps=4))
         before, expected = losses(out / "checkpoint-4"), weights(out)
         cut(out / "checkpoint-4" / "model.safetensors")
         (out / "checkpoint-4" / "trainer_state.json").unlink()
         with pytest.warns(UserWarning, match="checkpoint-4 is passed over"):
-            train_script.main(arguments(out, *RESUME, steps=4))
+            train.main(arguments(out, *RESUME, steps=4))
         assert losses(out / "checkpoint-4") == before
         again = weights(out)
         assert all(torch.equal(again[name], expected[name]) for name in expected)
-        assert train_script.last_checkpoint(str(out)) == str(out / "checkpoint-4")
+        assert last_checkpoint(str(out)) == str(out / "checkpoint-4")
 
     def test_without_a_checkpoint_from_the_beginning(self, arguments, tmp_path, capsys):
-        train_script.main(arguments(tmp_path / "out", *RESUME, steps=2))
+        train.main(arguments(tmp_path / "out", *RESUME, steps=2))
         said = [line for line in capsys.readouterr().out.splitlines() if "from the beginning" in line]
         assert said == [f"There is no checkpoint in {tmp_path / 'out'}; training starts from the beginning."]
         assert list(losses(tmp_path / "out" / "checkpoint-2")) == [1, 2]
 
     def test_a_folder_by_name(self, arguments, tmp_path):
         out = tmp_path / "out"
-        train_script.main(arguments(out, steps=4))
+        train.main(arguments(out, steps=4))
         expected = losses(out / "checkpoint-4")
-        train_script.main(arguments(out, "--resume_from_checkpoint", str(out / "checkpoint-2"), steps=4))
+        train.main(arguments(out, "--resume_from_checkpoint", str(out / "checkpoint-2"), steps=4))
         assert losses(out / "checkpoint-4") == expected
 
     @pytest.mark.parametrize("name", ["checkpoint-4", "nowhere"])
     def test_a_folder_by_name_that_is_no_checkpoint(self, arguments, output_dir, name):
         (output_dir / "checkpoint-4" / "trainer_state.json").unlink()
-        run, _ = train_script.parse(arguments(output_dir, "--resume_from_checkpoint", str(output_dir / name)))
+        run, _ = parse(arguments(output_dir, "--resume_from_checkpoint", str(output_dir / name)))
         with pytest.raises(InputError, match=f"resume_from_checkpoint: .*{name} has no trainer_state.json"):
             train_script.train(run)
 
     @pytest.mark.parametrize("asked", [None, "false", "False"])
     def test_not_asked_for(self, output_dir, asked):
-        assert train_script.resume_from(asked, str(output_dir)) is None
+        assert resume_from(asked, str(output_dir)) is None
 
     @pytest.mark.parametrize("asked", ["true", "True"])
     def test_asked_for(self, output_dir, asked):
-        assert train_script.resume_from(asked, str(output_dir)) == str(output_dir / "checkpoint-4")
+        assert resume_from(asked, str(output_dir)) == str(output_dir / "checkpoint-4")
 
 
 def interrupt(command_line, started):
@@ -286,7 +290,7 @@ class TestCtrlC:
 
         monkeypatch.setattr(train_script, "make_trainer", stopped)
         with pytest.raises(SystemExit) as caught:
-            train_script.main(arguments(tmp_path / "out"))
+            train.main(arguments(tmp_path / "out"))
         assert caught.value.code == 130
         assert capsys.readouterr().err.strip() == "Interrupted."
 
@@ -310,7 +314,7 @@ class TestCtrlC:
         before = signal.getsignal(signal.SIGINT)
         try:
             with pytest.raises(SystemExit) as caught:
-                train_script.main(given)
+                train.main(given)
         finally:
             signal.signal(signal.SIGINT, before)
         return caught.value.code

@@ -21,10 +21,10 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from apo_trl import APOConfig
-from apo_trl.balance import BalancedSampler, balanced, count_tokens, forward_epochs, spread
-from apo_trl.inputs import InputError
+from apo_trl.datasets.balancing import BalancedSampler, assign_cells, balance_sampler, count_tokens, forward_epochs
+from apo_trl.datasets.grouping import PromptGroupedSampler
+from apo_trl.errors import InputError
 from apo_trl.prefix_sharing import pack
-from apo_trl.sampling import PromptGroupedSampler
 
 
 def batches(prompts, size, *, seed=0, epoch=0, processes=1):
@@ -221,8 +221,8 @@ def test_pairs_of_one_prompt_move_together(given, prompts):
     tokens = lengths(rows, seed)
     sampler = PromptGroupedSampler([row % prompts for row in range(rows)], given["batch_size"], seed)
     assert list(sampler.group_of) == [row % prompts for row in range(rows)]
-    balanced = BalancedSampler(sampler, tokens, tokens // 3, groups=sampler.group_of, **given)
-    before, after = steps(sampler, **given), steps(balanced, **given)
+    balance_sampler = BalancedSampler(sampler, tokens, tokens // 3, groups=sampler.group_of, **given)
+    before, after = steps(sampler, **given), steps(balance_sampler, **given)
     assert [members(step) for step in after] == [members(step) for step in before]
     assert [sizes(step) for step in after] == [sizes(step) for step in before]
 
@@ -257,7 +257,7 @@ def test_the_prompt_of_a_block_counts_once():
 )
 def test_spread_by_hand(costs, cells, fullest):
     costs = np.array(costs, dtype=float)
-    found = spread(costs, np.ones(len(costs), dtype=int), np.array(cells))
+    found = assign_cells(costs, np.ones(len(costs), dtype=int), np.array(cells))
     assert np.bincount(found).tolist() == np.bincount(cells).tolist()
     assert np.bincount(found, costs).max() == fullest
 
@@ -273,7 +273,7 @@ def test_the_fullest_cell_is_near_the_mean(count, units, seed):
     """Cells with the same sizes of units: none gets more than the mean and the longest unit together."""
     costs = np.random.default_rng(seed).lognormal(5, 1, count * units).round()
     cells, sizes = np.arange(count * units) % count, 1 + np.arange(count * units) // count % 3
-    found = spread(costs, sizes, cells)
+    found = assign_cells(costs, sizes, cells)
     for size in (1, 2, 3):
         assert (np.bincount(found[sizes == size]) == np.bincount(cells[sizes == size])).all()
     assert np.bincount(found, costs).max() <= costs.sum() / count + costs.max()
@@ -285,7 +285,7 @@ def test_spread_keeps_what_a_cell_holds_and_never_makes_the_fullest_fuller(patte
     cells = np.repeat(np.arange(len(pattern)), [len(cell) for cell in pattern])
     sizes = np.array([size for cell in pattern for size in cell])
     costs = (np.random.default_rng(seed).lognormal(5, 1, len(sizes)) * sizes).round()
-    found = spread(costs, sizes, cells)
+    found = assign_cells(costs, sizes, cells)
     assert sorted(zip(found, sizes, strict=True)) == sorted(zip(cells, sizes, strict=True))
     assert np.bincount(found, costs).max() <= np.bincount(cells, costs).max()
 
@@ -436,7 +436,7 @@ def test_images_are_not_balanced(train):
     trainer = train(data=uneven(), run=False, **ACCUMULATED)
     assert isinstance(trainer._get_train_sampler(), BalancedSampler)
     images, sampler = Dataset.from_dict({"prompt": ["a"] * 16}), RandomSampler(range(16))
-    assert balanced(sampler, images, trainer.args, 2) is sampler
+    assert balance_sampler(sampler, images, trainer.args, 2) is sampler
 
 
 def test_lengths_as_ultrafeedback_s_reach_the_goal_fast():

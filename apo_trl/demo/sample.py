@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from . import PAIRS, smollm2
+from apo_trl.io.resources import DEMO_PAIRS
+from apo_trl.models.packaged import smollm2
 
 __all__ = ["MAX_NEW_TOKENS", "demo_rows", "sample"]
 
@@ -19,7 +20,7 @@ MAX_NEW_TOKENS = 96
 def demo_rows() -> Iterator[dict[str, Any]]:
     """Give the rows of both splits."""
     for split in ("train", "test"):
-        for line in (PAIRS / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
+        for line in (DEMO_PAIRS / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
             yield json.loads(line)
 
 

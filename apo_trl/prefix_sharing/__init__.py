@@ -1,8 +1,8 @@
 """`padding_free`: each distinct token of a batch of pairs is computed once, without padding, exactly."""
 
-from .layout import PackedBatch, PackingCollator, pack
-from .model import PrefixSharing, enable_prefix_sharing
-from .support import TESTED, dropout_names, unsupported_reason
+from apo_trl.prefix_sharing.layout import PackedBatch, PackingCollator, pack
+from apo_trl.prefix_sharing.model import PrefixSharing, enable_prefix_sharing
+from apo_trl.prefix_sharing.support import TESTED, dropout_names, unsupported_reason
 
 __all__ = [
     "TESTED",

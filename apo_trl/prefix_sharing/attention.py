@@ -18,8 +18,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .layout import PackedBatch
-from .sdpa import split_attention
+from apo_trl.prefix_sharing.layout import PackedBatch
+from apo_trl.prefix_sharing.sdpa import split_attention
 
 __all__ = ["install", "kernel_name", "supports_packing"]
 

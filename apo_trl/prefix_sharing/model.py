@@ -15,9 +15,9 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 
-from .attention import gather, install
-from .layout import PackedBatch, pack
-from .support import TESTED, unsupported_reason
+from apo_trl.prefix_sharing.attention import gather, install
+from apo_trl.prefix_sharing.layout import PackedBatch, pack
+from apo_trl.prefix_sharing.support import TESTED, unsupported_reason
 
 __all__ = ["PrefixSharing", "enable_prefix_sharing"]
 

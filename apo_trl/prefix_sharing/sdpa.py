@@ -14,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from .layout import PackedBatch
+from apo_trl.prefix_sharing.layout import PackedBatch
 
 __all__ = ["split_attention", "without_cudnn"]
 

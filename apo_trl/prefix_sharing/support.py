@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 
-from .attention import supports_packing
+from apo_trl.prefix_sharing.attention import supports_packing
 
 __all__ = ["TESTED", "dropout_names", "unsupported_reason"]
 

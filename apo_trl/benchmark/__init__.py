@@ -1,0 +1,1 @@
+"""`apo-trl bench`: a training step against stock TRL's."""

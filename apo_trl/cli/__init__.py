@@ -1,0 +1,1 @@
+"""The command `apo-trl`: one file per command."""

@@ -1,0 +1,1 @@
+"""Preference datasets in training: checks, filters, and the order of rows."""

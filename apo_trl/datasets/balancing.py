@@ -1,0 +1,198 @@
+"""`balance_tokens`: the order in which all batches of an optimizer step have nearly the same number of tokens.
+
+A training step lasts as long as its fullest process. Left out on purpose: moving pairs to another step, which would
+change its gradient.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from accelerate.data_loader import SeedableRandomSampler
+from numpy.typing import NDArray
+from torch.utils.data import RandomSampler, Sampler
+
+from apo_trl.config import balances_tokens
+from apo_trl.datasets.grouping import PromptGroupedSampler
+from apo_trl.io.rows import common_prefix_length
+
+__all__ = ["BalancedSampler", "assign_cells", "balance_sampler", "count_tokens", "forward_epochs"]
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+class BalancedSampler(Sampler[int]):
+    """Spread the rows of each optimizer step so that all its batches have nearly the same number of tokens.
+
+    Every step keeps the rows that `sampler` gives it, so its gradient stays the same; only the last step of an epoch
+    stays as it is if it is not full. With several processes, the first one stays too if the rows of an epoch do not
+    fill the batches of all processes: accelerate repeats the rows of the first batches there.
+
+    Args:
+        sampler: The order of an epoch, which may have `set_epoch`.
+        tokens: Distinct tokens of each row, shape (rows,).
+        prompt_tokens: How many of these belong to the prompt, shape (rows,).
+        batch_size: Rows of a batch in one process.
+        processes: Processes, which take batches in turn.
+        accumulation: Batches of each process in one optimizer step.
+        groups: Number of each row's prompt, shape (rows,). Rows of one prompt that `sampler` puts in one batch stay
+            together, and their prompt counts once. By default, each row moves alone.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler[int],
+        tokens: Sequence[int] | Ints,
+        prompt_tokens: Sequence[int] | Ints,
+        *,
+        batch_size: int,
+        processes: int,
+        accumulation: int,
+        groups: Ints | None = None,
+    ) -> None:
+        self._sampler, self._processes = sampler, processes
+        self._tokens, self._prompt_tokens = np.asarray(tokens), np.asarray(prompt_tokens)
+        self._groups = np.arange(len(self._tokens)) if groups is None else groups
+        self._cell_of_place = np.repeat(np.arange(processes * accumulation), batch_size)
+        repeats = processes > 1 and len(self._tokens) % (batch_size * processes) > 0
+        self._first = 1 if repeats else 0
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, which decides the order; called by accelerate."""
+        if hasattr(self._sampler, "set_epoch"):
+            self._sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        order, number = iter(self._sampler), 0
+        while rows := list(islice(order, len(self._cell_of_place))):
+            movable = number >= self._first and len(rows) == len(self._cell_of_place)
+            yield from self._balance(np.array(rows)) if movable else rows
+            number += 1
+
+    def _balance(self, rows: Ints) -> list[int]:
+        """Return the rows of one optimizer step in their new order."""
+        keys = self._cell_of_place * (self._groups.max() + 1) + self._groups[rows]
+        _, first, unit = np.unique(keys, return_index=True, return_inverse=True)  # a unit: one prompt in one cell
+        prompts = np.zeros(len(first))
+        np.maximum.at(prompts, unit, self._prompt_tokens[rows])
+        costs = prompts + np.bincount(unit, self._tokens[rows] - self._prompt_tokens[rows])
+        cells = assign_cells(costs, np.bincount(unit), self._cell_of_place[first])
+        place = _arrange(np.bincount(cells, costs).astype(np.float64), self._processes)
+        ordered: list[int] = rows[np.argsort(place[cells[unit]], kind="stable")].tolist()
+        return ordered
+
+
+def assign_cells(costs: Floats, sizes: Ints, cells: Ints) -> Ints:
+    """Compute the cell of each unit such that the fullest cell has as little cost as possible, nearly.
+
+    The longest unit first, each goes to the emptiest cell that had a unit of its size. Then the fullest cell swaps
+    units of one size with others while that helps. Each cell keeps its number of units of each size.
+
+    Args:
+        costs: Cost of each unit, shape (units,).
+        sizes: Rows of each unit, shape (units,).
+        cells: Cell of each unit before, shape (units,).
+
+    Returns:
+        The new cell of each unit, shape (units,).
+    """
+    room = np.zeros((sizes.max() + 1, cells.max() + 1))
+    np.add.at(room, (sizes, cells), 1)
+    loads, new = np.zeros(room.shape[1]), np.empty_like(cells)
+    for unit in np.argsort(-costs, kind="stable"):
+        cell = np.where(room[sizes[unit]] > 0, loads, np.inf).argmin()
+        room[sizes[unit], cell] -= 1
+        loads[cell] += costs[unit]
+        new[unit] = cell
+    while True:
+        fullest = loads.argmax()
+        inside = (new == fullest).nonzero()[0]
+        moved = costs[inside, None] - costs  # from the fullest cell to that of each other unit
+        after = np.maximum(loads[fullest] - moved, loads[new] + moved)
+        after[(sizes[inside, None] != sizes) | (new == fullest)] = np.inf
+        one, other = np.unravel_index(after.argmin(), after.shape)
+        if after[one, other] >= loads[fullest]:
+            break
+        loads[fullest] -= moved[one, other]
+        loads[new[other]] += moved[one, other]
+        new[inside[one]], new[other] = new[other], fullest
+    # Units of many sizes may happen to lie better than this finds.
+    return new if loads.max() < np.bincount(cells, costs).max() else cells
+
+
+def _arrange(loads: Floats, processes: int) -> Ints:
+    """Compute the place of each cell in its step: alike cells in one micro-step, alike sums in all processes."""
+    place, sums = np.empty(len(loads), dtype=np.int64), np.zeros(processes)
+    for start, cells in enumerate(np.argsort(-loads, kind="stable").reshape(-1, processes)):
+        ranks = np.argsort(sums, kind="stable")  # the emptiest so far takes the fullest cell
+        place[cells] = start * processes + ranks
+        sums[ranks] += loads[cells]
+    return place
+
+
+def count_tokens(row: Mapping[str, Any], *, max_length: int | None, keep_end: bool) -> dict[str, int]:
+    """Count the distinct tokens of a pair after truncation, as TRL's collator truncates, and those of its prompt."""
+    prompt, cut = row["prompt_ids"], slice(None, max_length)
+    if keep_end and max_length is not None:
+        cut = slice(-max_length, None)
+    chosen, rejected = (prompt + row["chosen_ids"])[cut], (prompt + row["rejected_ids"])[cut]
+    shared = common_prefix_length(chosen, rejected)
+    return {"tokens": len(chosen) + len(rejected) - shared, "prompt_tokens": min(shared, len(prompt))}
+
+
+def balance_sampler(sampler: Any, dataset: Any, args: Any, batch_size: int) -> Any:
+    """Return `sampler` with each optimizer step balanced, or `sampler` itself if the settings rule that out.
+
+    Args:
+        sampler: The sampler of the trainer.
+        dataset: The tokenized `datasets.Dataset`.
+        args: The `DPOConfig` of the trainer.
+        batch_size: Rows of a batch in one process.
+    """
+    loader, groups = args.accelerator_config, None
+    if not balances_tokens(args) or args.world_size * args.gradient_accumulation_steps == 1 or loader.split_batches:
+        return sampler
+    if "prompt_ids" not in dataset.column_names:  # images: tokenized only in the collator
+        return sampler
+    if isinstance(sampler, PromptGroupedSampler):
+        groups = sampler.group_of
+    elif isinstance(sampler, RandomSampler) and loader.use_seedable_sampler:
+        # accelerate replaces a RandomSampler with this one, but not a RandomSampler inside of another sampler.
+        sampler = SeedableRandomSampler(sampler.data_source, data_seed=args.data_seed)
+    else:
+        return sampler
+    with args.main_process_first(desc="counting tokens"):
+        counts = dataset.map(
+            count_tokens,
+            fn_kwargs={"max_length": args.max_length, "keep_end": args.truncation_mode == "keep_end"},
+            remove_columns=dataset.column_names,
+            num_proc=args.dataset_num_proc,
+            desc="Counting tokens of train dataset",
+        ).with_format("numpy")
+    return BalancedSampler(
+        sampler,
+        counts["tokens"][:],
+        counts["prompt_tokens"][:],
+        batch_size=batch_size,
+        processes=args.world_size,
+        accumulation=args.gradient_accumulation_steps,
+        groups=groups,
+    )
+
+
+def forward_epochs(loader: Any) -> Any:
+    """Return the loader, with its epoch forwarded to our sampler also when a run resumes in the middle of one.
+
+    With several processes, `skip_first_batches` hides a sampler from `set_epoch`, unless it is an attribute of the
+    shard. accelerate sets this attribute for its own sampler only.
+    """
+    shard = loader.batch_sampler
+    sampler = getattr(getattr(shard, "batch_sampler", None), "sampler", None)
+    if isinstance(sampler, (BalancedSampler, PromptGroupedSampler)):
+        shard.sampler = sampler
+    return loader

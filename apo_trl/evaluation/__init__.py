@@ -1,0 +1,1 @@
+"""What training did, and which loss fits: evaluate, anchor, compare and report."""

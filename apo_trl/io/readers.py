@@ -1,0 +1,198 @@
+"""The reader of dataset files: JSONL, JSON and Parquet, also compressed; folders and hub names through `datasets`.
+
+`load_dataset` returns what TRL trains on; `read_rows` yields rows as they stand in a file, for tools that hold one.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from apo_trl.errors import InputError
+from apo_trl.io.resources import packaged
+from apo_trl.io.rows import normalise_row, validate_row
+
+__all__ = [
+    "file_builder",
+    "is_local",
+    "load_dataset",
+    "load_dataset_splits",
+    "loading_errors",
+    "open_text",
+    "read_pairs",
+    "read_rows",
+]
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
+
+
+def file_builder(path: str) -> str | None:
+    """Return the builder of `datasets` for a data file, "json" or "parquet", or None for any other name or folder."""
+    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in _COMPRESSED]
+    return None if Path(path).is_dir() or not suffixes else _BUILDERS.get(suffixes[-1])
+
+
+def open_text(path: str | Path, errors: str = "strict") -> Any:
+    """Open a text file in UTF-8, with or without a byte order mark, compressed or not."""
+    import fsspec
+
+    return fsspec.open(str(path), "rt", encoding="utf-8-sig", errors=errors, compression="infer")
+
+
+def read_pairs(path: str, split: str = "train") -> Iterator[dict[str, Any]]:
+    """Give the rows of a preference dataset one at a time, each with a `prompt` of the kind of its answers.
+
+    `path` is as for `read_rows`. Where rows have no prompt, it is the shared start of both answers, as TRL finds it.
+    Raises InputError for a row that is no pair.
+    """
+    number = 0
+    for number, row in enumerate(read_rows(path, split), start=1):
+        if fault := validate_row(row):
+            raise InputError(f"Row {number} (counted from 1) of {path} {fault}.")
+        yield normalise_row(row)
+    if not number:
+        raise InputError(f"{path} has no rows; give it at least one pair.")
+
+
+def read_rows(path: str, split: str = "train") -> Iterator[dict[str, Any]]:
+    """Give the rows of a .jsonl, .json or .parquet file, also compressed, or of a folder or hub name, one at a time.
+
+    The last two are opened by `datasets`, with `split`. Raises InputError where nothing can be read.
+    """
+    builder = file_builder(path)
+    if builder and not Path(path).exists():
+        raise InputError(f"There is no file {path}.")
+    rows = _rows_of_file(path, builder) if builder else _stream(path, split)
+    try:
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, Mapping):
+                raise InputError(f"Row {number} (counted from 1) of {path} is no object with fields.")
+            yield dict(row)
+    except InputError:
+        raise
+    except (OSError, EOFError, ValueError) as error:  # also no JSON, no such dataset, no network
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+
+def _rows_of_file(path: str, builder: str) -> Iterator[Any]:
+    if builder == "parquet":
+        import fsspec
+        import pyarrow.parquet
+
+        source = path
+        if not path.endswith(".parquet"):  # Parquet is read from its end, so a compressed file is held in memory
+            with fsspec.open(path, "rb", compression="infer") as file:
+                source = pyarrow.BufferReader(file.read())
+        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=1000):
+            yield from batch.to_pylist()
+        return
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.lstrip().startswith("["):
+                yield from _elements(file, line.lstrip()[1:])
+                return
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError(f"Line {number} of {path} is not JSON: {error}.") from error
+
+
+def _elements(file: Any, text: str) -> Iterator[Any]:
+    """Give the elements of a JSON array one at a time; `text` is what was read of it after its bracket."""
+    decoder = json.JSONDecoder()
+    while True:
+        text = text.lstrip(" \t\r\n,")
+        if text.startswith("]"):
+            return
+        try:
+            element, end = decoder.raw_decode(text)
+        except json.JSONDecodeError:  # mostly because it goes on after what was read
+            more = file.read(max(1 << 16, len(text)))
+            if not more:
+                raise
+            text += more
+        else:
+            yield element
+            text = text[end:]
+
+
+def _stream(path: str, split: str) -> Iterator[Any]:
+    yield from load_dataset(path, split=split, streaming=True)
+
+
+def _folder_files(path: str, name: str | None = None) -> tuple[str, dict[str, list[str]] | None]:
+    """Give the builder of `datasets` for a folder, and the files of each split as the folder's card names them.
+
+    To be loaded by these: under the folder's name `datasets` (5.2.0) keeps what it once made of a folder with a card,
+    and gives that again when its files have been written anew. What is neither JSON nor Parquet stays the folder.
+    """
+    import datasets
+
+    builder = datasets.load_dataset_builder(path, name)
+    if builder.name not in ("json", "parquet") or not builder.config.data_files:
+        return path, None
+    return builder.name, {str(split): list(map(str, files)) for split, files in builder.config.data_files.items()}
+
+
+def is_local(path: str) -> bool:
+    """Say whether a dataset's name is a file or folder here."""
+    return Path(path).exists() or packaged(path) is not None
+
+
+def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
+    """Load as `datasets.load_dataset`; `path` may also be a `.jsonl`, `.json` or `.parquet` file, also compressed."""
+    from datasets.load import load_dataset  # `apo_trl.run` puts ours in the place of `datasets.load_dataset`
+
+    path = str(packaged(path) or path)
+    if (builder := file_builder(path)) and Path(path).is_file():
+        kwargs.pop("name", None)
+        return load_dataset(builder, data_files=path, **kwargs)
+    if Path(path).is_dir() and not kwargs.get("data_files") and len(args) < 2:
+        folder, files = _folder_files(path, args[0] if args else kwargs.get("name"))
+        if files:
+            kwargs.pop("name", None)
+            return load_dataset(folder, data_files=files, **kwargs)
+    return load_dataset(path, *args, **kwargs)
+
+
+def load_dataset_splits(
+    name: str, *, config: str | None = None, streaming: bool = False, field: str = "dataset_name"
+) -> Any:
+    """Load a dataset by name, a file or a folder among them, as a dictionary of splits; `field` is what named it."""
+    if file_builder(name) and not is_local(name):
+        raise InputError(f"{field}: there is no file {name}.")
+    with loading_errors(name):
+        return load_dataset(name, name=config, streaming=streaming)
+
+
+@contextlib.contextmanager
+def loading_errors(name: str) -> Iterator[None]:
+    """Say in one sentence whatever a loader of `datasets` raises."""
+    try:
+        yield
+    except Exception as error:
+        fault = _first_bad_line(Path(name)) if Path(name).is_file() else None
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        reason = fault or f"{type(root).__name__}: {root}".rstrip(": ")
+        raise InputError(f"The dataset '{name}' cannot be loaded: {reason}.") from error
+
+
+def _first_bad_line(path: Path) -> str | None:
+    if ".jsonl" not in path.suffixes:
+        return None
+    number = 0
+    try:
+        with open_text(path) as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f"line {number} is not a JSON object"
+    except json.JSONDecodeError as error:
+        return f"line {number} is not JSON ({error})"
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        return f"the file breaks off or is damaged after line {number} ({error})"
+    return "the file has no rows" if number == 0 else None

@@ -1,0 +1,1 @@
+"""Models and adapters: load, merge, and the packaged small model."""

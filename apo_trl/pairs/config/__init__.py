@@ -1,0 +1,1 @@
+"""Settings of `apo-trl pairs`, from a recipe and the command line."""

@@ -1,0 +1,1 @@
+"""The finished dataset: JSONL, Parquet, and its card."""

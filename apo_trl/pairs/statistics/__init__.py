@@ -1,0 +1,1 @@
+"""How contrastive pairs are, and which prompts overlap with evaluation sets."""

@@ -1,0 +1,1 @@
+"""Text in and out of models: templates, revisions, verdicts and filters."""

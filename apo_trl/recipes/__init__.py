@@ -1,0 +1,1 @@
+"""Recipes: describe them, check them against the installed classes, plan their memory."""

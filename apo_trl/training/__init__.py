@@ -1,0 +1,1 @@
+"""The training script: its arguments, launch, checkpoints, record and screen output."""
