@@ -15,37 +15,21 @@ if TYPE_CHECKING:
     from apo_trl.trainer import APOTrainer
 
 __all__ = [
-    "LOSSES",
-    "APOConfig",
-    "APOTrainer",
-    "InputError",
-    "__version__",
-    "apo_blend",
-    "apo_down",
-    "apo_down_norm",
-    "apo_zero",
-    "apo_zero_norm",
-    "register",
-    "unregister",
-]
+    "LOSSES", "APOConfig", "APOTrainer", "InputError", "__version__", "apo_blend", "apo_down", "apo_down_norm",
+    "apo_zero", "apo_zero_norm", "register", "unregister",
+]  # fmt: skip
 
 __version__ = version("apo-trl")
 
-_HOMES = {
-    "config": ("APOConfig",),
-    "errors": ("InputError",),
-    "losses": ("LOSSES", "apo_blend", "apo_down", "apo_down_norm", "apo_zero", "apo_zero_norm"),
-    "registration": ("register", "unregister"),
-    "trainer": ("APOTrainer",),
-}
+_MODULES = {"APOConfig": "config", "APOTrainer": "trainer", "InputError": "errors"}
+_MODULES |= dict.fromkeys(("register", "unregister"), "registration")
 
 
 def __getattr__(name: str) -> Any:
     # Torch and TRL take seconds to import, and `apo-trl --help` must not.
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f".{module}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'losses')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,8 @@
-"""`APOConfig`, and what can be said of settings before anything is loaded."""
+"""`APOConfig`, and the checks of settings that need no model and no data."""
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import transformers
 from packaging.version import Version
@@ -11,25 +12,22 @@ from apo_trl.errors import InputError, nearest
 from apo_trl.losses import LOSSES
 
 __all__ = [
-    "ADDED_LOSSES",
-    "BATCH_LOSSES",
-    "SMOOTHED_LOSSES",
-    "TRL_LOSSES",
-    "APOConfig",
-    "balances_tokens",
-    "check_config",
-    "groups_prompts",
-    "keeps_degenerate_pairs",
-    "loss_names",
-]
+    "ADDED_LOSSES", "BATCH_LOSSES", "SMOOTHED_LOSSES", "TRL_LOSSES", "APOConfig", "balances_tokens", "check_config",
+    "groups_prompts", "keeps_degenerate_pairs", "loss_names",
+]  # fmt: skip
+
+_LISTED = re.findall(r"'(\w+)'", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
 
 TRL_LOSSES: tuple[str, ...] = tuple(
-    re.findall(r"'(\w+)'", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
-)
-"""The losses of the installed TRL, read from the only place where it lists them outside of a method."""
+    dict.fromkeys((
+        "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+        "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", *_LISTED,
+    ))
+)  # fmt: skip
+"""The losses of TRL 1.16, and those that the installed TRL lists in the help of `loss_type`."""
 
 ADDED_LOSSES = {name: loss for name, loss in LOSSES.items() if name not in TRL_LOSSES}
-"""The losses that this package adds. A name that TRL has too is TRL's."""
+"""The losses that this package computes. TRL computes a loss that both have."""
 
 SMOOTHED_LOSSES = {"exo_pair", "robust", "aot", "aot_unpaired"}
 """The losses that read `label_smoothing`."""
@@ -38,77 +36,47 @@ BATCH_LOSSES = {"aot", "aot_unpaired", "sft"}
 """The losses that depend on which pairs share a micro-batch: they sort it, or average over its tokens."""
 
 
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class APOConfig(DPOConfig):
-    """`trl.DPOConfig` with APO as the default loss and the options that only this package has.
+    """`trl.DPOConfig` with APO as the default loss, and the options of this package.
 
     Args:
         loss_type (`list[str]`, *optional*, defaults to `["apo_zero"]`):
-            Any mixture of the names in `apo_trl.LOSSES` and those of TRL, weighted by `loss_weights`.
+            Losses of `apo_trl.LOSSES` or of TRL, summed with the weights in `loss_weights`.
         padding_free (`bool`, *optional*, defaults to `True`):
-            Compute each distinct token of a batch once: without padding, and every prefix that rows share a single
-            time. Exact. A model that cannot be served so trains with padding, with a warning that says why.
+            Compute each distinct token of a batch once: no padding, and every shared prefix a single time. Exact.
+            Unsupported models fall back to padded batches, with a warning.
         group_by_prompt (`bool`, *optional*, defaults to `False`):
-            Let pairs of one prompt meet in one batch, where `padding_free` computes their prompt, and answers that
-            they share, once. Every batch is as large as before and every row comes once an epoch.
+            Put pairs of one prompt into one batch, so that `padding_free` computes their prompt once.
         balance_tokens (`bool`, *optional*, defaults to `True`):
-            With `padding_free`, spread the pairs of each optimizer step over processes and micro-steps such that all
-            compute nearly the same number of distinct tokens. Every step keeps its pairs, so losses and weights stay
-            the same. No effect with one process that computes one batch a step.
+            With `padding_free`, distribute the pairs of each optimizer step over processes and micro-steps by their
+            number of distinct tokens. Every step keeps its pairs, so losses and weights stay the same.
         keep_degenerate_pairs (`bool`, *optional*, defaults to `False`):
-            Keep pairs that can teach nothing (chosen equals rejected, before or after truncation, or a completion is
-            empty) instead of leaving them out with a warning that counts them.
+            Keep pairs that teach nothing: chosen equals rejected, before or after truncation, or an empty completion.
         ref_cache_dir (`str`, *optional*):
-            Folder in which `precompute_ref_log_probs` keeps the reference's log-probs, one file per reference. By
-            default `apo-trl` in the cache of `datasets`.
+            Folder of the cache for `precompute_ref_log_probs`. Default: `apo-trl` in the cache of `datasets`.
 
-    Raises `InputError` (a `ValueError`) where a loss does not exist or cannot work with the other settings.
+    Raises `InputError` for an unknown loss, and for settings that rule it out.
     """
 
     loss_type: list[str] = field(
         default_factory=lambda: ["apo_zero"],
         metadata={
-            "help": "Loss, or several to be summed with the weights in `loss_weights`. "
-            f"Of apo-trl: {', '.join(repr(name) for name in ADDED_LOSSES)}. "
-            f"Of TRL: {', '.join(repr(name) for name in TRL_LOSSES)}."
+            "help": "one or several losses, summed with the weights in `loss_weights`. "
+            f"Of apo-trl: {', '.join(map(repr, ADDED_LOSSES))}. Of TRL: {', '.join(map(repr, TRL_LOSSES))}."
         },
     )
-    padding_free: bool = field(
-        default=True,
-        metadata={
-            "help": "Compute each distinct token of a batch once: without padding, and every prefix that rows share a "
-            "single time. Exact; a model that cannot be served so trains with padding, with a warning that says why."
-        },
+    padding_free: bool = _option(True, "compute each distinct token of a batch once, without padding; exact")
+    group_by_prompt: bool = _option(False, "put pairs of one prompt into one batch, to compute their prompt once")
+    balance_tokens: bool = _option(
+        True, "with padding_free, distribute the pairs of a step over processes and micro-steps by their tokens"
     )
-    group_by_prompt: bool = field(
-        default=False,
-        metadata={
-            "help": "Let pairs of one prompt meet in one batch, where padding_free computes their prompt, and answers "
-            "that they share, once. Every batch is as large as before and every row comes once an epoch."
-        },
-    )
-    balance_tokens: bool = field(
-        default=True,
-        metadata={
-            "help": "With padding_free, spread the pairs of each optimizer step over processes and micro-steps such "
-            "that all compute nearly the same number of distinct tokens. Every step keeps its pairs, so losses and "
-            "weights stay the same. No effect with one process that computes one batch a step."
-        },
-    )
-    keep_degenerate_pairs: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep pairs that can teach nothing (chosen equals rejected, before or after truncation, or a "
-            "completion is empty) instead of leaving them out with a warning that counts them."
-        },
-    )
-    ref_cache_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder in which `precompute_ref_log_probs` keeps the reference's log-probs, one file per "
-            "reference. By default `apo-trl` in the cache of `datasets`."
-        },
-    )
+    keep_degenerate_pairs: bool = _option(False, "keep pairs that teach nothing, such as chosen equal to rejected")
+    ref_cache_dir: str | None = _option(None, "folder of the cache for precompute_ref_log_probs")
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -116,38 +84,32 @@ class APOConfig(DPOConfig):
 
 
 def check_config(config: DPOConfig) -> None:
-    """Raise InputError for a loss that does not exist, or that the other settings of `config` rule out."""
+    """Raise InputError if a loss is unknown, or conflicts with another setting."""
     names = loss_names(config)
     known = [*ADDED_LOSSES, *TRL_LOSSES]
     if not names:
-        raise InputError(f"loss_type is empty; name at least one of {', '.join(known)}.")
+        raise InputError(f"loss_type: required, got an empty list. Use one or more of {', '.join(known)}.")
     for name in names:
         if name not in known:
-            raise InputError(f"loss_type '{name}' does not exist.{nearest(name, known)} Known are {', '.join(known)}.")
-    if config.loss_weights and len(config.loss_weights) != len(names):
-        raise InputError(
-            f"loss_weights has {len(config.loss_weights)} values for the {len(names)} losses in loss_type "
-            f"({', '.join(names)}); give one weight for each loss."
-        )
-    for name in names:
+            raise InputError(f"loss_type: '{name}' is unknown.{nearest(name, known)} Use one of {', '.join(known)}.")
         if name in ADDED_LOSSES and config.f_divergence_type != "reverse_kl":
             raise InputError(
-                f"f_divergence_type='{config.f_divergence_type}' has no meaning for loss_type '{name}', which is "
-                "anchored to log-ratios; set f_divergence_type='reverse_kl'."
+                f"f_divergence_type: '{config.f_divergence_type}' is not supported with loss_type '{name}'. "
+                "Set it to 'reverse_kl'."
             )
         if name in ADDED_LOSSES and config.use_weighting:
-            raise InputError(
-                f"use_weighting=True is not defined for loss_type '{name}'; set use_weighting=False or choose among "
-                f"{', '.join(TRL_LOSSES)}."
-            )
-    if groups_prompts(config) and _other_order(config):
+            raise InputError(f"use_weighting: True is not supported with loss_type '{name}'. Set it to False.")
+    if config.loss_weights and len(config.loss_weights) != len(names):
         raise InputError(
-            f"group_by_prompt=True and {_other_order(config)} each want an order of their own; leave one of them out."
+            f"loss_weights: must have one weight for each of the {len(names)} losses in loss_type "
+            f"({', '.join(names)}), got {len(config.loss_weights)}. Add or remove weights."
         )
+    if groups_prompts(config) and (other := _other_order(config)):
+        raise InputError(f"group_by_prompt: conflicts with {other}: both set the sampling order. Unset one.")
 
 
 def _other_order(config: DPOConfig) -> str:
-    """Name the setting of the host that decides the order of rows, or nothing where that is random."""
+    """Return the setting of transformers that orders the rows, or an empty string if the order is random."""
     if Version(transformers.__version__) < Version("5"):  # goes when that is the floor
         return "group_by_length=True" if config.group_by_length else ""
     strategy = config.train_sampling_strategy
@@ -155,21 +117,21 @@ def _other_order(config: DPOConfig) -> str:
 
 
 def groups_prompts(config: DPOConfig | None) -> bool:
-    """Say whether the user asked for pairs of one prompt in one batch."""
+    """Return whether pairs of one prompt share a batch."""
     return isinstance(config, APOConfig) and config.group_by_prompt
 
 
 def balances_tokens(config: DPOConfig) -> bool:
-    """Return whether the pairs of an optimizer step may be spread over its micro-batches by their tokens."""
-    wanted = isinstance(config, APOConfig) and config.balance_tokens and config.padding_free
-    return wanted and not BATCH_LOSSES.intersection(loss_names(config))
+    """Return whether the pairs of an optimizer step may be distributed over its micro-batches by their tokens."""
+    balances = isinstance(config, APOConfig) and config.balance_tokens and config.padding_free
+    return balances and not BATCH_LOSSES.intersection(loss_names(config))
 
 
 def keeps_degenerate_pairs(config: DPOConfig | None) -> bool:
-    """Say whether the user asked to keep pairs that can teach nothing."""
+    """Return whether pairs that teach nothing stay in the dataset."""
     return isinstance(config, APOConfig) and config.keep_degenerate_pairs
 
 
 def loss_names(config: DPOConfig) -> list[str]:
-    """Give the losses of a configuration, also where `loss_type` was set to a single name later."""
+    """Return the losses of a configuration, also if `loss_type` was set to a single name later."""
     return [config.loss_type] if isinstance(config.loss_type, str) else list(config.loss_type)

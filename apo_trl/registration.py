@@ -10,46 +10,45 @@ from apo_trl.trainer import _AnchoredTrainer
 
 __all__ = ["register", "unregister"]
 
+_ORIGINALS: dict[str, Any] = {}
+
 
 def register() -> None:
-    """Give plain `trl.DPOTrainer` and `trl.DPOConfig` the losses, metrics and checks of this package.
+    """Add the losses, metrics and checks of this package to plain `trl.DPOTrainer` and `trl.DPOConfig`.
 
-    Existing scripts then take our names in `loss_type`, whichever came first, this call or `from trl import
-    DPOTrainer`, and subclasses of `DPOTrainer` are served too. Calling it again changes nothing; `unregister()` undoes
-    it.
+    Works whichever came first, this call or `from trl import DPOTrainer`, and for subclasses of `DPOTrainer`. A second
+    call changes nothing; `unregister()` restores TRL. The class of a trainer made in between is a subclass of
+    `DPOTrainer` with its name, so `isinstance` holds and `type(trainer) is DPOTrainer` does not.
     """
-    if _HOST:
+    if _ORIGINALS:
         return
-    host_init, host_post_init = DPOTrainer.__init__, DPOConfig.__post_init__
+    trl_init, trl_post_init = DPOTrainer.__init__, DPOConfig.__post_init__
 
-    @functools.wraps(host_init)
+    @functools.wraps(trl_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(self, _AnchoredTrainer):
-            host_init(self, *args, **kwargs)
+            trl_init(self, *args, **kwargs)
         else:
             self.__class__ = _anchored(self.__class__)
             _AnchoredTrainer.__init__(self, *args, **kwargs)
 
-    @functools.wraps(host_post_init)
+    @functools.wraps(trl_post_init)
     def post_init(self: Any) -> None:
         check_config(self)
-        host_post_init(self)
+        trl_post_init(self)
 
-    _HOST.update(init=host_init, post_init=host_post_init)
+    _ORIGINALS.update(init=trl_init, post_init=trl_post_init)
     DPOTrainer.__init__, DPOConfig.__post_init__ = init, post_init
 
 
 def unregister() -> None:
     """Undo `register()`; trainers made in between keep their losses."""
-    if _HOST:
-        DPOTrainer.__init__, DPOConfig.__post_init__ = _HOST.pop("init"), _HOST.pop("post_init")
-
-
-_HOST: dict[str, Any] = {}
+    if _ORIGINALS:
+        DPOTrainer.__init__, DPOConfig.__post_init__ = _ORIGINALS.pop("init"), _ORIGINALS.pop("post_init")
 
 
 @functools.cache
 def _anchored(cls: type) -> Any:
-    """Make the class that `cls` becomes while registered: its own methods first, then ours, then the host's."""
+    """Build the class of a trainer of `cls`: its own methods first, then ours, then TRL's."""
     bases = (_AnchoredTrainer,) if cls is DPOTrainer else (cls, _AnchoredTrainer)
     return type(cls.__name__, bases, {"__module__": cls.__module__, "__doc__": cls.__doc__})

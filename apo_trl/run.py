@@ -1,7 +1,4 @@
-"""Run a TRL script as it is, with the losses registered: `accelerate launch -m apo_trl.run SCRIPT [args]`.
-
-The script's `datasets.load_dataset` also takes a local `.jsonl`, `.json` or `.parquet` file, as `apo_trl.train` does.
-"""
+"""Run a TRL script as it is, with the losses registered: `accelerate launch -m apo_trl.run SCRIPT [args]`."""
 
 import runpy
 import sys
@@ -12,16 +9,16 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the script that the first argument names, as `python SCRIPT [args]` would."""
+    """Run the script in the first argument; its `datasets.load_dataset` also takes a local file, as `apo_trl.train`."""
     script, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if not Path(script).is_file():
-        sys.exit(f"error: there is no script '{script}'; give the path of a Python file.")
+        sys.exit(f"error: script: file not found, got '{script}'. Set the path of a Python file.")
 
     import datasets
 
     from apo_trl.io.readers import load_dataset
     from apo_trl.registration import register
-    from apo_trl.training.screen import exit_on_error
+    from apo_trl.training.console import exit_on_error
 
     register()
     datasets.load_dataset = load_dataset

@@ -1,11 +1,11 @@
-"""The site that `make docs` builds. Its pages are Markdown that reads the same in a repository; needs no network."""
+"""The site that `make docs` builds from Markdown pages that also read well in a repository. Needs no network."""
 
 import re
 from importlib.metadata import version as version_of
 
-from apo_trl.training.screen import quiet_libraries
+from apo_trl.training.console import quiet_libraries
 
-quiet_libraries()  # autodoc imports the host
+quiet_libraries()  # autodoc imports TRL
 
 project = "apo-trl"
 version = release = version_of("apo-trl")
@@ -24,15 +24,15 @@ default_role = "code"
 napoleon_numpy_docstring = False
 autodoc_member_order = "bysource"
 
-# Every reference to this package must lead somewhere; torch, TRL and the rest have pages of their own elsewhere.
+# Every reference to this package must resolve; torch, TRL and the rest have their own sites.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!apo_trl\.).*")]
 
 
-def _files_to_take_along(app, name, source):
-    """Make downloads of links to files outside of the pages, those ending in `.md` too."""
+def _link_files(app, name, source):
+    """Make downloads of links to files outside the pages, those ending in `.md` too."""
     source[0] = re.sub(r"\]\((?=\.\./)", "](path:", source[0])
 
 
 def setup(app):
-    app.connect("source-read", _files_to_take_along)
+    app.connect("source-read", _link_files)

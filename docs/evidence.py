@@ -25,13 +25,14 @@ class Lab:
     """The model and what runs share: sampled answers, references, token counts."""
 
     def __init__(self, model: str | None = None, steps: int = STEPS) -> None:
-        from apo_trl.demo.sample import demo_rows
+        from sample_demo_pairs import demo_rows
+
         from apo_trl.models.packaged import resolve_model
 
         self.model = model or resolve_model("SmolLM2-135M-Instruct")
         self.steps = steps
         self.references: dict = {}  # log-probs of held-out pairs before training
-        self.rows = list(demo_rows())
+        self.rows = demo_rows()
 
     def samples(self) -> dict[str, str]:
         """Another answer of the model to every prompt, at temperature 1; kept, since it takes minutes."""
@@ -170,7 +171,7 @@ def main() -> None:
         from datasets import disable_progress_bars
         from transformers.utils.logging import disable_progress_bar
 
-        from apo_trl.training.screen import quiet_libraries
+        from apo_trl.training.console import quiet_libraries
 
         quiet_libraries()
         disable_progress_bars()  # of seconds each; a run gets a line

@@ -10,12 +10,12 @@ import argparse
 import statistics
 import time
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
-from apo_trl.benchmark import bench
+from apo_trl.benchmark.cases import CASES, Case, build_model, load_shape, random_batches
+from apo_trl.benchmark.measure import step
 from apo_trl.prefix_sharing import enable_prefix_sharing, pack
-from apo_trl.training.screen import quiet_libraries
+from apo_trl.training.console import quiet_libraries
 
 # What torch's profiler calls them: TRL's head is one autograd function, attention one operator on each way.
 PARTS = {
@@ -25,17 +25,20 @@ PARTS = {
 }
 
 
-def batch_of(network, shape, pairs, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return bench.collate(bench.random_rows(shape, network.config.vocab_size, pairs, generator))
+def batch_of(network, case, pairs):
+    return random_batches(case._replace(batches=1), network.config.vocab_size, pairs)[0]
+
+
+def small_model(layers):
+    return build_model(load_shape()[0], layers, "float32", "cpu")
 
 
 def parts(network, forward, batch):
     """Seconds of each part of a step, and of the whole."""
-    bench.step(network, forward, batch, keep=False)
+    step(network, forward, batch)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         began = time.perf_counter()
-        bench.step(network, forward, batch, keep=False)
+        step(network, forward, batch)
         whole = time.perf_counter() - began
     times = {}
     for event in profiled.key_averages():
@@ -67,10 +70,10 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
 
-    network, _ = bench.build_model(None, options.layers, "float32", "cpu", False)
+    network = small_model(options.layers)
     fused = network.forward
     enable_prefix_sharing(network)
-    batch = batch_of(network, bench.SHAPES["170 / 250 / 250"], 2)
+    batch = batch_of(network, CASES["170 / 250 / 250"], 2)
     host, whole = parts(network, fused, batch)
     ours, shorter = parts(network, network.forward, batch)
     began = time.perf_counter()
@@ -87,7 +90,7 @@ def main() -> None:
 
     if not options.growth_layers:
         return
-    network, _ = bench.build_model(None, options.growth_layers, "float32", "cpu", False)
+    network = small_model(options.growth_layers)
     fused = network.forward
     enable_prefix_sharing(network)
     print(f"{options.growth_layers} layers")
@@ -101,12 +104,12 @@ def main() -> None:
         (120, 120, 4),
         (120, 120, 8),
     ):
-        batch = batch_of(network, bench.Shape(prompt, completion), pairs)
+        batch = batch_of(network, Case(prompt, completion), pairs)
         packed, seconds = pack(**batch), {"host": [], "ours": []}
         for repeat in range(4):
             for name, forward in (("host", fused), ("ours", network.forward)):
                 began = time.perf_counter()
-                bench.step(network, forward, batch, keep=False)
+                step(network, forward, batch)
                 if repeat:
                     seconds[name].append(time.perf_counter() - began)
         ratio = statistics.median(seconds["host"]) / statistics.median(seconds["ours"])

@@ -24,7 +24,7 @@ def error(kind: str, message: str, code: str | None = None, param: str | None = 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-OPTIONAL = ("n", "seed", "logprobs", "response_format")
+OPTIONAL = ("n", "seed")
 REPLIES = {  # faults that are a reply of their own
     "400": (400, error("invalid_request_error", "The request is not valid.", "invalid_value")),
     "401": (401, None),  # as for a wrong key
@@ -120,8 +120,8 @@ class ChatServer:
 
     Args:
         answer: takes the body of a request, less what the server ignores, with `_index` from 0 to n - 1. It returns
-            the text or a dict: `finish_reason` and `logprobs` go to the choice, `usage` and `model` to the completion,
-            the rest (`content`, `refusal`) to the message. What it raises is a 400, and is raised again by `stop()`.
+            the text or a dict: `finish_reason` goes to the choice, `usage` and `model` to the completion, the rest
+            (`content`, `refusal`) to the message. What it raises is a 400, and is raised again by `stop()`.
         latency: seconds before every reply but refusals; or a function of the body.
         faults: names from FAULTS, one of which is drawn for a share of `fault_share` of the requests (the same seed
             gives the nth to arrive the same one); or a function of a request's number, from 1, and body to a name.
@@ -253,8 +253,6 @@ class ChatServer:
             given = {"content": given} if isinstance(given, str) else dict(given)
             top |= {name: given.pop(name) for name in ("usage", "model") if name in given}
             choice = {"index": index, "finish_reason": given.pop("finish_reason", "stop")}
-            logprobs = given.pop("logprobs", None)
-            choice["logprobs"] = logprobs if seen.get("logprobs") else None
             choices.append(choice | {"message": {"role": "assistant", "content": None, "refusal": None} | given})
         asked, written = sum(map(words, body["messages"])), sum(words(choice["message"]) for choice in choices)
         usage = {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written}

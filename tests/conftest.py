@@ -102,7 +102,7 @@ def train(model_dir, dataset, tmp_path):
                 "bf16": False,
                 "gradient_checkpointing": False,
                 "disable_tqdm": True,
-                "padding_free": False,  # so that what is compared with the host is equal to the last bit
+                "padding_free": False,  # so that what is compared with TRL is equal to the last bit
             }
             | settings
         )

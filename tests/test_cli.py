@@ -1,8 +1,11 @@
 """The commands as users type them, on the tiny model."""
 
+import argparse
 import gzip
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -68,7 +71,7 @@ def losses(folder):
 
 
 def command(*arguments, **settings):
-    """Run a command of ours, as a user does."""
+    """Run a command, as a user does."""
     settings |= {"capture_output": True, "text": True, "timeout": 300, "env": {**os.environ, "COLUMNS": "200"}}
     words = [str(argument) for argument in arguments]
     if "launch" in words and "--main_process_port" not in words:
@@ -104,29 +107,98 @@ def test_help_comes_at_once(arguments):
      "bench --repeats 0", "bench --layers 1.5", "demo --max_steps x", "pairs stats d --max_length 0",
      "recipes plan r --gpu-memory 1 --gpus 0"],
 )  # fmt: skip
-def test_a_number_that_cannot_be(given, capsys):
+def test_an_invalid_number(given, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(given.split())
     assert stop.value.code == 2
-    assert f"'{given.split()[-1]}' is not a whole number of 1 or more" in capsys.readouterr().err
+    option, value = given.split()[-2:]
+    assert f"{option}: must be an integer >= 1, got '{value}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("evaluate --model m --dataset d --batchsize 2", "`apo-trl evaluate` does not take --batchsize. Did you mean "
-         "'--batch_size'? See `apo-trl evaluate --help`."),
-        ("report run --outptu=x", "`apo-trl report` does not take --outptu. Did you mean '--output'?"),
-        ("merge a --output_dir m secret", "`apo-trl merge` does not take one argument more. See"),
+        ("evaluate --model m --dataset d --batchsize 2",
+         "--batchsize: unknown option. Did you mean '--batch_size'? See `apo-trl evaluate --help`."),
+        ("report run --outptu=secret", "--outptu: unknown option. Did you mean '--output'?"),
+        ("recipes show x --frm secret", "See `apo-trl recipes show --help`."),
+        ("compare --a a --b b --prompts p --judge j --judge_api_key secret", "environment variable"),
+        ("pairs stats d --tokeniser secret", "Did you mean '--tokenizer'?"),
+        ("merge a --output_dir m secret", "one argument too many. See"),
+        ("--verbose", "--verbose: unknown option. Did you mean '--version'?"),
+        ("anchor --policy p", "required: --dataset. See"),
+        ("trian", "(choose from 'train'"),
     ],
 )  # fmt: skip
-def test_what_a_command_does_not_take(given, words, capsys):
+def test_an_unknown_argument_is_not_repeated(given, words, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(given.split())
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert words in said
-    assert said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert words in message
+    assert "secret" not in message
+    assert message.count("\n") == 1
+
+
+def parsers(parser):
+    """A parser and those of all its commands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from parsers(child)
+
+
+PARSERS = {parser.prog: parser for parser in parsers(cli.build_parser())}
+
+
+def test_how_many_commands_there_are():
+    assert len(PARSERS) == 1 + 11 + 5 + 4  # with those of `recipes` and of `pairs`
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_every_help_ends_in_an_example_that_parses(name):
+    (example,) = re.findall(r"^ *(apo-trl\b.*)", PARSERS[name].format_help().partition("\nexample:\n")[2], re.MULTILINE)
+    assert example.startswith(name)
+    options = cli.build_parser().parse_args(shlex.split(example)[1:])
+    assert callable(options.run)
+    if getattr(options, "rest", None):
+        parse([getattr(options, "name", "smollm2-135m/apo_zero_lora"), "--use_cpu", *options.rest[1:]])
+
+
+def test_options_are_spelt_with_underscores():
+    options = {option for parser in PARSERS.values() for option in parser._option_string_actions}
+    assert len(options) > 100
+    assert {option for option in options if "-" in option.removeprefix("--").lstrip("-")} == {"--gpu-memory"}
+
+
+@pytest.mark.parametrize("option", ["--gpu_memory", "--gpu-memory"])
+def test_the_old_spelling_still_works(option):
+    options = cli.build_parser().parse_args(["recipes", "plan", "r", option, "80", "--beta", "1"])
+    assert (options.gpu_memory, options.rest) == (80, ["--beta", "1"])
+
+
+@pytest.mark.parametrize("line", ["--traceback recipes show none", "recipes show none --traceback"])
+def test_a_traceback_on_request(line, monkeypatch, capsys):
+    def show(line):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(line.split())
+        return stop.value.code, capsys.readouterr().err
+
+    monkeypatch.setenv("APO_TRL_TRACEBACK", "")
+    status, message = show("recipes show none")
+    assert "Traceback" not in message
+    with_traceback = show(line)
+    assert with_traceback[0] == status == 2
+    assert "in find_recipe" in with_traceback[1]
+    assert with_traceback[1].endswith(message)
+
+
+def test_a_process_that_is_started_prints_its_traceback_too(monkeypatch, capsys):
+    monkeypatch.setenv("APO_TRL_TRACEBACK", "1")
+    with pytest.raises(SystemExit):
+        train.main(["--config", "none.yaml"])
+    assert "in find_recipe" in capsys.readouterr().err
 
 
 class TestTrain:
@@ -204,7 +276,8 @@ class TestBadInput:
 
     def test_a_missing_file(self, arguments, capsys, tmp_path):
         missing = tmp_path / "none.jsonl"
-        assert f"there is no file {missing}" in self.refused(arguments(dataset_name=missing), capsys, tmp_path)
+        message = self.refused(arguments(dataset_name=missing), capsys, tmp_path)
+        assert re.search(f"dataset_name: .*{missing}", message)
 
     def test_a_broken_line(self, arguments, capsys, tmp_path):
         path = write(tmp_path / "bad.jsonl", rows(2))
@@ -219,17 +292,17 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"dataset_name": "no/such-dataset"}, "'no/such-dataset' cannot be loaded"),
-            ({"dataset_name": None}, "dataset_name is missing"),
-            ({"model_name_or_path": None}, "model_name_or_path is missing"),
-            ({"model_name_or_path": "no/such-model"}, "model_name_or_path 'no/such-model' cannot be loaded"),
+            ({"dataset_name": "no/such-dataset"}, "'no/such-dataset': cannot be loaded"),
+            ({"dataset_name": None}, "dataset_name: required"),
+            ({"model_name_or_path": None}, "model_name_or_path: required"),
+            ({"model_name_or_path": "no/such-model"}, "model_name_or_path: 'no/such-model' cannot be loaded"),
             (
                 {"eval_strategy": "steps"},
-                "no split 'test'. Set dataset_test_split to one of ['train'], or eval_strategy",
+                "dataset_test_split: the dataset has no split 'test'. Set one of ['train'], or eval_strategy",
             ),
             ({"dataset_train_split": "trian"}, "Did you mean 'train'?"),
             ({"loss_type": "apo_zer"}, "Did you mean 'apo_zero'?"),
-            ({"lerning_rate": 1}, "The option --lerning_rate does not exist. Did you mean '--learning_rate'?"),
+            ({"lerning_rate": 1}, "--lerning_rate: unknown option. Did you mean '--learning_rate'?"),
             ({"beta": "high"}, "--beta: invalid float value: 'high'"),
             ({"truncation_mode": "middle"}, "--truncation_mode"),
         ],
@@ -241,10 +314,9 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("text", "words"),
         [
-            ("betta: 0.1", "The key 'betta' in"),
-            ("betta: 0.1", "Did you mean 'beta'?"),
-            ("beta: [", "is not YAML"),
-            ("- beta", "must hold `key: value` lines"),
+            ("betta: 0.1", "unknown key: 'betta'. Did you mean 'beta'?"),
+            ("beta: [", "invalid YAML"),
+            ("- beta", "must have `key: value` lines"),
             ("beta: high", "invalid float value: 'high'"),
             ("loss_type: apo_zeroo", "Did you mean 'apo_zero'?"),
         ],
@@ -255,17 +327,15 @@ class TestBadInput:
         assert words in self.refused(arguments(config=config), capsys, tmp_path)
 
     def test_a_missing_yaml(self, arguments, capsys, tmp_path):
-        assert "There is no file and no recipe" in self.refused(
-            arguments(config=tmp_path / "none.yaml"), capsys, tmp_path
-        )
+        assert "recipe: " in self.refused(arguments(config=tmp_path / "none.yaml"), capsys, tmp_path)
 
     def test_a_yaml_file_without_its_option(self, arguments, capsys, tmp_path):
         (tmp_path / "run.yaml").write_text("beta: 0.1\n")
-        words = "belongs to no option. A recipe or YAML file comes first, or after --config"
+        words = "belongs to no option. Put a recipe or YAML file first, or after --config"
         assert words in self.refused([*arguments(), str(tmp_path / "run.yaml")], capsys, tmp_path)
 
     def test_config_without_a_file(self, arguments, capsys, tmp_path):
-        assert "--config needs the path" in self.refused([*arguments(), "--config"], capsys, tmp_path)
+        assert "--config: required value missing" in self.refused([*arguments(), "--config"], capsys, tmp_path)
 
 
 @pytest.mark.slow
@@ -292,14 +362,14 @@ class TestProcesses:
         assert "zero99" in done.stderr
         assert "Traceback" not in done.stderr
 
-    def test_the_hosts_own_script_with_our_loss(self, arguments, tmp_path):
+    def test_trls_own_script_with_our_loss(self, arguments, tmp_path):
         done = command(BIN / "apo-trl", "run", DPO_SCRIPT, *arguments(loss_type="apo_zero_norm"))
         assert done.returncode == 0, done.stderr[-3000:]
         assert "'loss': '1'" in done.stdout
         assert "apo/chosen_up" in done.stdout
         assert (tmp_path / "out" / "model.safetensors").is_file()
 
-    def test_the_hosts_own_script_with_a_wrong_loss(self, arguments, tmp_path):
+    def test_trls_own_script_with_a_wrong_loss(self, arguments, tmp_path):
         done = command(BIN / "apo-trl", "run", DPO_SCRIPT, *arguments(loss_type="apo_zero_nrm"))
         assert done.returncode == 2
         assert "Did you mean 'apo_zero_norm'?" in done.stderr
@@ -339,7 +409,7 @@ class TestProcesses:
 def test_a_script_that_is_not_there(capsys):
     from apo_trl import run
 
-    with pytest.raises(SystemExit, match=r"there is no script 'nowhere\.py'"):
+    with pytest.raises(SystemExit, match=r"script: file not found, got 'nowhere\.py'"):
         run.main(["nowhere.py"])
 
 

@@ -1,8 +1,10 @@
-"""Every name of the host that we lean on, with the signature we expect: a TRL that moves one fails here, by name."""
+"""Every name of TRL that we lean on, with the signature we expect: a TRL that moves one fails here, by name."""
 
 import inspect
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from apo_trl.config import ADDED_LOSSES, SMOOTHED_LOSSES, TRL_LOSSES
-from apo_trl.losses import PER_TOKEN_LOSSES
+from apo_trl.losses import LOSSES, PER_TOKEN_LOSSES
 
 METHODS = {
     "_compute_loss": ["self", "model", "inputs", "return_outputs"],
@@ -90,10 +92,24 @@ def test_the_losses_that_the_host_documents_are_those_that_it_computes(train):
     assert set(re.findall(r"'(\w+)'", str(refusal.value))) == set(TRL_LOSSES)
     assert len(TRL_LOSSES) >= 15
     assert {"apo_zero", "apo_down"} <= set(TRL_LOSSES)
-    assert set(ADDED_LOSSES) == {"apo_zero_norm", "apo_down_norm", "apo_blend"}
+    assert set(ADDED_LOSSES) == LOSSES.keys() - set(TRL_LOSSES) >= {"apo_zero_norm", "apo_down_norm", "apo_blend"}
 
 
-def test_what_we_say_of_the_hosts_losses():
+@pytest.mark.parametrize("help_text", ["Which loss.", "One of 'sigmoid' and 'a_loss_of_next_year'."])
+def test_a_reworded_help_text_refuses_no_loss(help_text):
+    """And a loss that only a newer TRL lists is accepted."""
+    code = f"""
+from trl import DPOConfig
+DPOConfig.__dataclass_fields__["loss_type"].metadata = {{"help": {help_text!r}}}
+from apo_trl.config import ADDED_LOSSES, TRL_LOSSES
+print(*TRL_LOSSES, *ADDED_LOSSES)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = done.stdout.split()
+    assert names == list(dict.fromkeys([*TRL_LOSSES, *re.findall(r"'(\w+)'", help_text), *ADDED_LOSSES]))
+
+
+def test_what_is_said_of_trls_losses():
     source = inspect.getsource(DPOTrainer._compute_loss)
     bodies = dict(
         re.findall(r'loss_type == "(\w+)":\n(.*?)(?=\n            elif|\n            else)', source, re.DOTALL)

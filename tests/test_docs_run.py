@@ -1,7 +1,7 @@
-"""What the pages show in blocks is run, line after line in the order of each page, and has to show that it worked.
+"""The commands in blocks of README and docs run, in the order of each page, and have their result.
 
-Exchanged are models, data, steps, hardware and the addresses of servers, and nothing else. A line is left out only
-where its comment says that it needs a GPU.
+Replaced are models, data, steps, hardware and the addresses of servers. A line is skipped only if its comment says that
+it needs a GPU.
 """
 
 import re
@@ -18,74 +18,67 @@ from test_cli import BIN, QUICK, command, write
 from test_demo import NEEDS_MODEL
 from test_docs import DOCS, READ, ROOT, commands, fences
 from test_pairs_batch import answered
+from test_pairs_build import answer
 
 from apo_trl import train
 from apo_trl.cli import main as cli
 
-
-def shown(page):
-    """The commands in the blocks of a page, but for what has tests of its own.
-
-    Those are the `sh` blocks of the README and of the first steps, and the runs of the evidence.
-    """
-    fenced = [line for block in fences(page, "sh") for line in block.splitlines()]
-    own = fenced if page.name in ("README.md", "start.md") else []
-    lines = [found.text for found in commands(page) if not found.inline]
-    return [line for line in lines if line not in own and "--fresh" not in line]
-
-
-SHOWN = {page.name: shown(page) for page in READ}
-NEEDS_GPU = re.compile(r"#.*\bGPUs?\b")
-
-# What each line has to print or, with a path, to make. In the order of the page; None for what needs a GPU.
-SIGNS = {
-    "README.md": ["apo-trl demo", "pytest", Path("installed/apo_trl/_recipes/smollm2-135m/demo.yaml")],
-    "start.md": [Path("installed/apo_trl/_recipes/smollm2-135m/demo.yaml"), "apo-trl demo", "held-out pairs"],
-    "anchor.md": [
-        "loss_type: apo_zero",
-        Path("RUN/evaluation.parquet"),
-        "48 pairs",
-        Path("report.html"),
-        Path("report.html"),
-        "A's win rate",
+INSTALLED = Path("installed/apo_trl/_recipes/smollm2-135m/demo.yaml")
+ADAPTER = Path("SmolLM2-135M-APO-zero-lora/adapter_model.safetensors")
+# What each line prints or, with a path, writes; None for what needs a GPU.
+RESULTS = {
+    "README.md": [
+        "apo-trl demo", "pytest",
+        Path("runs/pairs/clair_local/pairs.jsonl"), Path("runs/anchor/PAIRS/anchor.json"), ADAPTER,
+        Path("RUN/evaluation.parquet"), INSTALLED,
     ],
-    "pairs.md": [
-        Path("installed/apo_trl/_recipes/pairs/clair.yaml"),
-        "policy-",
-        None,
-        "taken",
-        "reviser-",
-        "Kept 9 of 9",
+    "CONTRIBUTING.md": ["make", "expand"],
+    "start.md": [
+        INSTALLED, "apo-trl demo", "held-out pairs",
+        "run.yaml", Path("Qwen3-0.6B-APO/adapter_model.safetensors"), Path("Qwen3-0.6B-APO/evaluation.parquet"),
+        Path("report.html"), Path("merged/config.json"),
     ],
     "recipes.md": [
-        "llama-3-8b/apo_zero_lora",
-        "loss_type: apo_zero",
-        Path("mine.yaml"),
-        "mine.yaml",
-        "of 80",
-        None,
-        None,
-        Path("merged/config.json"),
-        Path("SmolLM2-135M-APO-zero-lora/adapter_model.safetensors"),
+        "llama-3-8b/apo_zero_lora", "loss_type: apo_zero", Path("mine.yaml"), "mine.yaml", "of 80", None, None,
+        Path("merged/config.json"), ADAPTER,
     ],
-    "performance.md": [None, None, None, Path("gpu.json")],
+    "data.md": ["rejected"],
+    "pairs.md": [
+        Path("runs/pairs/clair_local/pairs.jsonl"), ADAPTER, Path("installed/apo_trl/_recipes/pairs/clair.yaml"),
+        "policy-", None, "imported", "reviser-", "Kept 9 of 9",
+    ],
+    "anchor.md": [
+        "loss_type: apo_zero", Path("runs/first/adapter_model.safetensors"), Path("runs/first/evaluation.parquet"),
+        Path("report.html"),
+        "loss_type: apo_zero", Path("RUN/evaluation.parquet"), "48 pairs", Path("report.html"), Path("report.html"),
+        Path("runs/compare/compare.json"),
+    ],
     "evidence.md": ["docs/evidence.py"],
-    "migrating.md": ["'rl_beta'", Path("out/model.safetensors")],
-}
-
+    "performance.md": [None, None, None, Path("gpu.json")],
+    "memory.md": ["of 24"],
+    "migrating.md": ["'rl_beta'", Path("out/model.safetensors"), Path("out/model.safetensors")],
+}  # fmt: skip
 FAILS = {"apo-trl recipes check old.yaml": 1}  # as the page says
+NEEDS_GPU = re.compile(r"# needs .*\bGPUs?\b")
 
 
-def test_every_block_has_its_signs():
-    assert {page: len(lines) for page, lines in SHOWN.items() if lines} == {page: len(s) for page, s in SIGNS.items()}
-    left_out = [line for lines in SHOWN.values() for line in lines if NEEDS_GPU.search(line)]
-    assert len(left_out) == sum(sign is None for signs in SIGNS.values() for sign in signs) == 6
+def shown(page):
+    """The commands in the blocks of a page; the runs of the evidence have their own test."""
+    return [line.text for line in commands(page) if not line.inline and "--fresh" not in line.text]
 
 
-def judge(body):
-    """Find the better answer where one is of `rows`, and none between two others."""
-    last = body["messages"][-1]["content"]
-    answers = dict(re.findall(r"<answer_([ab])>\n(.*?)\n</answer_", last, re.DOTALL))
+def test_every_command_has_a_result():
+    lines = {page.name: shown(page) for page in READ if shown(page)}
+    assert {page: len(found) for page, found in lines.items()} == {page: len(found) for page, found in RESULTS.items()}
+    skipped = [line for found in lines.values() for line in found if NEEDS_GPU.search(line)]
+    assert len(skipped) == sum(results.count(None) for results in RESULTS.values())
+
+
+def reply(body):
+    """Prefer the answers of `rows` when judging, otherwise answer as in the tests of building pairs."""
+    answers = dict(re.findall(r"<answer_([ab])>\n(.*?)\n</answer_", body["messages"][-1]["content"], re.DOTALL))
+    if not answers:
+        return answer(body)
     good = [side for side, text in answers.items() if text.startswith("It is")]
     return f"Read. [[{good[0].upper() if len(good) == 1 else 'C'}]]"
 
@@ -104,19 +97,21 @@ def trained(model_dir, tmp_path_factory):
 
 @pytest.fixture
 def workplace(model_dir, trained, tmp_path, monkeypatch):
-    """A folder with everything that the pages talk of, under the names that they use."""
+    """A folder with everything that the pages name."""
     monkeypatch.chdir(tmp_path)
     for name in ("RUN", "RUN_A", "RUN_B", "RUN_C", "Llama-3-8B-APO-zero-LoRA"):
         shutil.copytree(trained, name)
     Path("WHAT_IT_STARTED_FROM").symlink_to(model_dir)
     make_model(seed=1).save_pretrained("MODEL")
     make_tokenizer().save_pretrained("MODEL")
-    Path("DEMO_PAIRS").mkdir()
-    for name in ("DEMO_PAIRS/train.jsonl", "mine.jsonl"):
+    Path("PAIRS").mkdir()
+    for name in ("PAIRS/train.jsonl", "mine.jsonl", "pairs.jsonl", "held_out.jsonl"):
         write(Path(name), rows(48))
-    write(Path("prompts.jsonl"), [{"id": f"p{at}", "prompt": f"Add {at}."} for at in range(9)])
+    write(Path("prompts.jsonl"), [{"id": f"p{number}", "prompt": f"Add {number}."} for number in range(9)])
     Path("recipes").symlink_to(ROOT / "recipes")
     Path("old.yaml").write_text(fences(DOCS / "migrating.md", "yaml")[2])
+    (config,) = fences(DOCS / "start.md", "yaml")
+    Path("run.yaml").write_text(config.replace("Qwen/Qwen3-0.6B", "WHAT_IT_STARTED_FROM", 1))
     shutil.copy(Path(trl.__file__).parent / "scripts" / "dpo.py", "my_dpo_script.py")
     Path("RECIPE").write_text(
         "method: clair\nprompts: prompts.jsonl\noutput_dir: pairs\npolicy_model: p\nreviser_model: r\n"
@@ -125,10 +120,10 @@ def workplace(model_dir, trained, tmp_path, monkeypatch):
     return tmp_path
 
 
-TINY = ["--model_name_or_path", "WHAT_IT_STARTED_FROM", "--dataset_name", "mine.jsonl"]
 BABBLE = ["--policy_temperature", "100", "--policy_max_tokens", "400"]  # so that most answers of random weights end
 MORE = {
     "recipes plan": ["--model_name_or_path", "MODEL"],
+    "pairs build pairs/clair_local": ["--policy_model", "MODEL", "--max_edit_distance", "1", *BABBLE],
     "anchor": BABBLE,
     "compare": BABBLE,
     "demo": ["--model", "WHAT_IT_STARTED_FROM", "--max_steps", "2"],
@@ -136,40 +131,48 @@ MORE = {
 }
 
 
-def exchanged(line, url):
-    for shown, used in {
+def replaced(line, url):
+    for name, used in {
+        "http://127.0.0.1:8000/v1": url,
         "URL": url,
         "--b MODEL": "--b WHAT_IT_STARTED_FROM",
+        "SmolLM2-135M-Instruct": "WHAT_IT_STARTED_FROM",
         "FILE": "prompts.jsonl",
         "--model Qwen/Qwen3-0.6B --device cuda --dtype bfloat16": "--model MODEL --device cpu --dtype float32",
     }.items():
-        line = line.replace(shown, used)
+        line = line.replace(name, used)
     return shlex.split(line, comments=True)
 
 
-def do(words, folder):
-    """Run one command and give its status."""
+def in_process(words):
+    if words[:2] == ["pairs", "import-batch"]:  # the policy's answers
+        answered(Path("pairs/batch").glob("policy-*.jsonl"), Path("answers.jsonl"))
+    elif words[:3] == ["pairs", "build", "RECIPE"]:  # the end: the second round has been imported, too
+        revisions = answered(Path("pairs/batch").glob("reviser-*.jsonl"), Path("revisions.jsonl"))
+        cli.main(["pairs", "import-batch", "RECIPE", str(revisions)])
+    more = (added for start, added in MORE.items() if " ".join(words).startswith(start) and "chosen_score" not in words)
+    try:
+        cli.main([*words, *next(more, [])])
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def run(words, folder):
+    """Run one command and return its exit status."""
     if words[0] == "apo-trl" and words[1] not in ("train", "run"):
-        if words[2:3] == ["import-batch"]:  # the policy's answers
-            answered(Path("pairs/batch").glob("policy-*.jsonl"), Path("answers.jsonl"))
-        elif words[2:4] == ["build", "RECIPE"]:  # the end: the second round has been imported, too
-            revisions = answered(Path("pairs/batch").glob("reviser-*.jsonl"), Path("revisions.jsonl"))
-            cli.main(["pairs", "import-batch", "RECIPE", str(revisions)])
-        more = MORE.get(words[1], MORE.get(" ".join(words[1:3]), []))
-        try:
-            cli.main([*words[1:], *more])
-        except SystemExit as stop:
-            return stop.code or 0
-        return 0
+        return in_process(words[1:])
     if words[0] == "make":
         words = [*words, "--directory", ROOT, "--dry-run", f"READY={__file__}"]  # what it runs is run elsewhere
     elif words[0] == "pip":
         words = [str(ROOT) + word[1:] if word.startswith(".") else word for word in words]
         words = [sys.executable, "-m", *words, "--no-deps", "--no-build-isolation", "--target", folder / "installed"]
-    elif words[0] == "accelerate":
-        words = [BIN / words[0], *words[1:], *TINY, *QUICK]
     else:
-        words = [BIN / words[0], *words[1:], *TINY, *QUICK, "--output_dir", "out"]
+        defaults = {"--model_name_or_path": "WHAT_IT_STARTED_FROM", "--dataset_name": "mine.jsonl"}
+        defaults |= {"--output_dir": "out"} if "my_dpo_script.py" in words else {}
+        defaults = {} if "run.yaml" in words else defaults
+        added = [word for option in defaults.items() if option[0] not in words for word in option]
+        words = [BIN / words[0], *words[1:], *added, *QUICK]
     done = command(*words)
     print(done.stdout, done.stderr)
     return done.returncode
@@ -177,33 +180,31 @@ def do(words, folder):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*None of the inputs have requires_grad.*:UserWarning")
-@pytest.mark.parametrize("page", SIGNS)
+@pytest.mark.parametrize("page", [page for page in READ if page.name in RESULTS], ids=lambda page: page.name)
 def test_a_page_can_be_followed(page, workplace, capfd):
-    with ChatServer(judge) as server:
-        for line, sign in zip(SHOWN[page], SIGNS[page], strict=True):
-            if sign is None:
+    with ChatServer(reply) as server:
+        for line, result in zip(shown(page), RESULTS[page.name], strict=True):
+            if result is None:
                 continue
-            if isinstance(sign, Path):
-                shutil.rmtree(sign, ignore_errors=True) if sign.is_dir() else sign.unlink(missing_ok=True)
-            status = do(exchanged(line, server.url), workplace)
+            if isinstance(result, Path):
+                shutil.rmtree(result) if result.is_dir() else result.unlink(missing_ok=True)
+            status = run(replaced(line, server.url), workplace)
             printed = "".join(capfd.readouterr())
             assert status == FAILS.get(line, 0), (line, printed[-2000:])
-            assert sign.exists() if isinstance(sign, Path) else sign in printed, (line, printed[-2000:])
+            assert result.exists() if isinstance(result, Path) else result in printed, (line, printed[-2000:])
 
 
 @pytest.mark.slow
 @NEEDS_MODEL
 @pytest.mark.parametrize(
-    ("script", "options", "sign"),
+    ("script", "options", "result"),
     [
         ("measure_overhead.py", ["--model", "WHAT_IT_STARTED_FROM", "--steps", "1", "--repeats", "1"], "ratio "),
         ("measure_step.py", ["--layers", "1", "--growth_layers", "0"], "| the head | "),
         ("draw_losses.py", [], Path("losses.png")),
     ],
 )
-def test_a_script_runs(script, options, sign, workplace):
-    """Those that pages name for their figures; in a copy, as one writes beside itself."""
-    assert any(script in page.read_text(encoding="utf-8") for page in [*READ, ROOT / "Makefile"])
+def test_a_script_of_the_docs_runs(script, options, result, workplace):
     done = command(sys.executable, shutil.copy(DOCS / script, workplace), *options)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sign.exists() if isinstance(sign, Path) else sign in done.stdout
+    assert result.exists() if isinstance(result, Path) else result in done.stdout

@@ -15,6 +15,7 @@ from apo_trl.errors import InputError
 from apo_trl.evaluation.evaluate import evaluate, summarise, table
 from apo_trl.evaluation.intervals import mean_interval, probability_between, wilson
 from apo_trl.metrics import pair_metrics, regime
+from apo_trl.models.loading import load_policy
 from apo_trl.models.merge import merge
 
 TEXTS = [
@@ -97,6 +98,32 @@ def test_an_adapter_is_held_to_its_base_and_a_merged_model_says_the_same(adapter
             assert three[f"{side}_logratio"] == pytest.approx(one[f"{side}_logratio"], abs=1e-4)
 
 
+def test_an_adapter_of_another_base_is_the_same_error_as_for_merge(adapter, data, tmp_path):
+    make_model(num_hidden_layers=1).save_pretrained(tmp_path / "short")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "short")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"^--model: .* does not fit its base model, ValueError: no layers for \d+ "):
+        evaluate(str(adapter), str(data))
+    with pytest.raises(InputError, match=r"^adapter: .* does not fit its base model, ValueError: no layers for \d+ "):
+        merge(str(adapter), str(tmp_path / "merged"))
+
+
+def test_an_adapter_with_more_tokens_than_its_base(model_dir, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<a>", "<b>"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    assert len(tokenizer) > model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(len(tokenizer))
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = load_policy(str(tmp_path), device="cpu")
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
 def test_it_is_what_training_logs(train, model_dir, other_dir, data):
     """The trainer's own evaluation of one batch: means over its pairs."""
     from datasets import Dataset
@@ -134,7 +161,7 @@ def test_rows_are_cut_as_in_training(model_dir, other_dir, tmp_path, data):
     # The first prompt, <user>Add 0 and 1.<end><assistant>, has 15 tokens of a byte each.
     assert (cut[0]["chosen_tokens"], whole[0]["chosen_tokens"]) == (5, len("It is 1") + 1)
     assert [row["chosen_logp"] for row in cut] != [row["chosen_logp"] for row in whole]
-    with pytest.raises(InputError, match="max_length=3 is filled by every prompt alone"):
+    with pytest.raises(InputError, match=r"max_length: .* fills 3 tokens\. Set a larger"):
         evaluate(str(other_dir), str(data), reference=str(model_dir), max_length=3)
 
 
@@ -153,16 +180,19 @@ def test_the_command(adapter, data, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--model", "MODEL", "--dataset", "DATA"], "is a whole model, so what it started from is not known; name"),
-        (["--model", "nowhere", "--reference", "MODEL", "--dataset", "DATA"], "--model nowhere cannot be loaded"),
-        (["--model", "MODEL", "--reference", "nowhere", "--dataset", "DATA"], "--reference nowhere cannot be loaded"),
-        (["--model", "MODEL", "--reference", "MODEL", "--dataset", "no.jsonl"], "--dataset: there is no file no.jsonl"),
-        (["--model", "MODEL", "--reference", "MODEL", "--dataset", "DATA", "--split", "dev"], "has no split 'dev'; it"),
+        (["--model", "MODEL", "--dataset", "DATA"], "--reference: required, because"),
+        (["--model", "nowhere", "--reference", "MODEL", "--dataset", "DATA"], "--model: nowhere cannot be loaded"),
+        (["--model", "MODEL", "--reference", "nowhere", "--dataset", "DATA"], "--reference: nowhere cannot be loaded"),
+        (["--model", "MODEL", "--reference", "MODEL", "--dataset", "no.jsonl"], "--dataset: file no.jsonl not found"),
+        (
+            ["--model", "MODEL", "--reference", "MODEL", "--dataset", "DATA", "--split", "dev"],
+            "has no pairs in 'dev'. Use one of train",
+        ),
         (["--model", "MODEL", "--reference", "MODEL", "--dataset", "BAD"], "has no column 'rejected'"),
-        (["--model", "MODEL", "--reference", "SMALL", "--dataset", "DATA"], "SMALL knows 100 tokens"),
+        (["--model", "MODEL", "--reference", "SMALL", "--dataset", "DATA"], "--reference: SMALL has 100 tokens"),
         (
             ["--model", "MODEL", "--reference", "MODEL", "--dataset", "DATA", "--output", "BENEATH"],
-            "evaluation.parquet cannot be written",
+            "evaluation.parquet: cannot be written",
         ),
     ],
 )

@@ -14,11 +14,11 @@ sys.path.insert(0, str(DOCS))
 import evidence
 import evidence_data as data
 import evidence_figures as figures
+from sample_demo_pairs import demo_rows
 
-from apo_trl.demo.sample import demo_rows
 from apo_trl.io.rows import degenerate_reason, validate_row
 
-ROWS = list(demo_rows())
+ROWS = demo_rows()
 
 
 def texts(row):

@@ -42,8 +42,8 @@ def test_good_rows(row):
         ({"chosen": ["a"]}, "list of str as 'chosen'"),
         ({"chosen": [{"content": "a"}]}, "without 'role' in 'chosen'"),
         ({"prompt": []}, "empty list as 'prompt'"),
-        ({"chosen": "text"}, "has text as 'chosen' beside a list of messages"),
-        ({"prompt": "text", "chosen": "text"}, "has text as 'chosen' and 'prompt' beside a list of messages"),
+        ({"chosen": "text"}, "string as 'chosen' beside a list of messages"),
+        ({"prompt": "text", "chosen": "text"}, "string as 'chosen' and 'prompt' beside a list of messages"),
     ],
 )
 def test_bad_rows_are_named(change, words):

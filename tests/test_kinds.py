@@ -93,7 +93,7 @@ class TestVision:
         assert losses[0] == pytest.approx(1.0, abs=1e-6)
         assert losses[-1] < 1
 
-    def test_equals_the_host_with_the_hosts(self, train, vision):
+    def test_equals_trl(self, train, vision):
         theirs = self.run(train, vision, DPOTrainer, DPOConfig, loss_type="apo_zero")
         ours = self.run(train, vision, loss_type="apo_zero")
         assert curve(ours) == pytest.approx(curve(theirs), rel=1e-6)
@@ -103,7 +103,7 @@ class TestVision:
         data[2]["chosen"] = data[2]["rejected"]
         trainer = self.run(train, vision, data=pictures(data), loss_type="apo_zero")
         assert len(trainer.train_dataset) == 3
-        assert "Left out 1 of 4 pairs of the train dataset: 1 where chosen equals rejected" in caplog.text
+        assert "1 of 4 pairs of the train dataset: 1 because chosen equals rejected" in caplog.text
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -144,7 +144,7 @@ def test_quantised(train, bits, model_dir, tmp_path):
 
 
 def test_prompt_learning_shifts_nothing(train):
-    """Virtual tokens stand before the real ones: lengths stay those of the completion, losses the host's."""
+    """Virtual tokens stand before the real ones: lengths stay those of the completion, losses TRL's."""
     peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     theirs = train(DPOTrainer, DPOConfig, loss_type="apo_zero", peft_config=peft_config)
     ours = train(loss_type=["apo_zero", "apo_zero_norm"], loss_weights=[1.0, 1e-9], peft_config=peft_config)

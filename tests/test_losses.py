@@ -1,5 +1,6 @@
 """The losses against mathematics: values worked by hand, slopes, identities."""
 
+import inspect
 import math
 
 import pytest
@@ -9,6 +10,8 @@ from apo_trl import LOSSES, apo_blend, apo_down, apo_down_norm, apo_zero, apo_ze
 
 LN3 = math.log(3)  # sigmoid(ln 3) = 3/4
 ZERO_OR_DOWN = pytest.mark.parametrize("loss", [apo_zero, apo_down])
+BOUNDED = ["apo_zero", "apo_down", "apo_zero_norm", "apo_down_norm", "apo_blend"]
+"""The losses of two sigmoids: in (0, 2), and 1 at the anchor."""
 
 
 def t(*values, dtype=torch.float64, grad=False):
@@ -16,14 +19,11 @@ def t(*values, dtype=torch.float64, grad=False):
 
 
 def extras(name, pairs, *, length=1, wins=0.5):
-    """What a loss takes besides log-ratios and beta."""
+    """What a loss takes besides log-ratios and beta, by the names of its parameters."""
     lengths = torch.full((pairs,), length)
-    wanted = {
-        "apo_zero_norm": {"chosen_lengths": lengths, "rejected_lengths": lengths},
-        "apo_down_norm": {"chosen_lengths": lengths, "rejected_lengths": lengths},
-        "apo_blend": {"chosen_wins": torch.full((pairs,), wins)},
-    }
-    return wanted.get(name, {})
+    columns = {"chosen_lengths": lengths, "rejected_lengths": lengths, "chosen_wins": torch.full((pairs,), wins)}
+    parameters = inspect.signature(LOSSES[name]).parameters
+    return {column: value for column, value in columns.items() if column in parameters}
 
 
 @pytest.mark.parametrize(
@@ -70,11 +70,10 @@ def test_slopes_worked_by_hand(loss, chosen, rejected, slopes, beta):
     assert r.grad.item() == pytest.approx(beta * slopes[1], abs=1e-12)
 
 
-def test_every_loss_is_one_at_the_anchor():
-    assert len(LOSSES) == 5
-    for name, loss in LOSSES.items():
-        zeros = torch.zeros(3)
-        assert loss(zeros, zeros, beta=0.1, **extras(name, 3)).tolist() == [1, 1, 1], name
+@pytest.mark.parametrize("name", BOUNDED)
+def test_one_at_the_anchor(name):
+    zeros = torch.zeros(3)
+    assert LOSSES[name](zeros, zeros, beta=0.1, **extras(name, 3)).tolist() == [1, 1, 1]
 
 
 @pytest.fixture
@@ -116,7 +115,7 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(lambda c, r: LOSSES[name](c, r, beta=0.7, **kwargs), (chosen, rejected))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", BOUNDED)
 def test_bounded_and_finite_far_from_the_anchor(name):
     chosen, rejected = t(-1e4, 1e4, -1e4, 1e4, grad=True), t(-1e4, -1e4, 1e4, 1e4, grad=True)
     loss = LOSSES[name](chosen, rejected, beta=1.0, **extras(name, 4))
@@ -197,11 +196,11 @@ def test_slopes_survive_float32_where_the_plain_form_loses_them(loss):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_shapes_that_would_broadcast_are_refused(name):
-    with pytest.raises(ValueError, match="One value per pair"):
+    with pytest.raises(ValueError, match="Shapes must be equal"):
         LOSSES[name](torch.zeros(3), torch.zeros(3, 1), beta=0.1, **extras(name, 3))
 
 
 @pytest.mark.parametrize("name", ["apo_zero_norm", "apo_blend"])
 def test_extras_of_another_shape_are_refused(name):
-    with pytest.raises(ValueError, match="One value per pair"):
+    with pytest.raises(ValueError, match="Shapes must be equal"):
         LOSSES[name](torch.zeros(3), torch.zeros(3), beta=0.1, **extras(name, 1))

@@ -19,7 +19,7 @@ from apo_trl.prefix_sharing import PackedBatch, PackingCollator, pack, sdpa
 from apo_trl.prefix_sharing.attention import gather, install
 from apo_trl.prefix_sharing.sdpa import Plan, split_attention
 
-FIELDS = PackedBatch._FIELDS
+FIELDS = PackedBatch.__annotations__
 SMALL = settings(max_examples=150, deadline=None, derandomize=True)
 
 # A batch is a list of rows, a row a list of cells: a token, whether it is scored, and whether it is there.
@@ -280,6 +280,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 1000])
 def test_a_row_of_24000_tokens_has_no_mask_of_its_square(window):
     """Two completions of 12,000 tokens after one prompt of 12,000: a mask of a row has 12,000 x 24,000 elements."""

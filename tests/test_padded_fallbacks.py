@@ -49,6 +49,7 @@ def falls_back(train, caplog, reason, **settings):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow
 def test_torch_compile(train, caplog):
     """With every row in one batch and one layer, since each new shape and each layer is compiled again."""
     caplog.set_level("WARNING")
@@ -351,7 +352,7 @@ def test_a_mask_that_depends_on_values_would_not_show_in_the_first_batch():
 
 def test_a_window_in_the_mask_alone_would_not_show_in_a_short_batch():
     _, _, sharing = both(make(UNKNOWN["phimoe"]()), batch(shared()))
-    assert sharing.reason == "its sliding window is known to its mask alone"
+    assert "sliding window" in sharing.reason
     no_window = transformers.PhimoeConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
     wide = transformers.MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=100)
     for config in (no_window, wide):

@@ -97,7 +97,7 @@ def rounds(settings, tmp_path) -> list[dict[str, int]]:
     while files := export(settings):
         found.append({path.name.split("-")[0]: count for path, count in files.items()})
         counts = take(settings, answered(files, tmp_path / f"answers-{len(found)}.jsonl"))
-        assert counts == {"taken": sum(files.values())}
+        assert counts == {"imported": sum(files.values())}
     return found
 
 
@@ -172,8 +172,8 @@ def test_what_is_missing_or_wrong_is_a_hole_and_shifts_nothing(recipe, tmp_path)
     output = tmp_path / "answers.jsonl"
     output.write_bytes(b"\xef\xbb\xbf" + "\n".join([*map(json.dumps, written), *strange]).encode())
     counts = take(settings, output)
-    assert counts == {"failed": 11, "not ours": 4, "taken": 2, "not readable": 8}
-    assert take(settings, output) == {"failed": 11, "not ours": 4, "there already": 2, "not readable": 8}
+    assert counts == {"failed": 11, "unknown custom_id": 4, "imported": 2, "unreadable": 8}
+    assert take(settings, output) == {"failed": 11, "unknown custom_id": 4, "imported before": 2, "unreadable": 8}
     again = requests(path for path in export(settings) if path.name.startswith("policy-"))
     assert {line["custom_id"] for line in again} == {line["custom_id"] for line in lines[1:11]}
     for files in iter(lambda: export(settings), {}):
@@ -196,7 +196,7 @@ def test_a_count_of_tokens_that_is_none_does_not_cost_the_answer(recipe, tmp_pat
     for line, usage in zip(lines, ["x", {"prompt_tokens": "many"}, {"prompt_tokens": 1e999}, None, [1]], strict=True):
         line["response"]["body"]["usage"] = usage
     (tmp_path / "answers").write_text("\n".join(map(json.dumps, lines)))
-    assert take(settings, tmp_path / "answers") == {"taken": 5}
+    assert take(settings, tmp_path / "answers") == {"imported": 5}
 
 
 def test_a_reply_that_was_cut_off_is_dropped_as_in_a_live_run(recipe, tmp_path):
@@ -272,11 +272,11 @@ def test_a_new_export_replaces_requests_and_touches_nothing_else(recipe):
         assert (folder / name).read_text(encoding="utf-8", errors="surrogateescape") == text
 
 
-def test_a_late_answer_to_an_earlier_export_is_still_taken(recipe, tmp_path):
+def test_a_late_answer_to_an_earlier_export_is_still_imported(recipe, tmp_path):
     settings = recipe(count=4)
     late = answered(export(settings), tmp_path / "late.jsonl")
     export(settings)
-    assert take(settings, late) == {"taken": 4}
+    assert take(settings, late) == {"imported": 4}
 
 
 def test_the_same_request_of_two_rows_is_one_line(recipe, tmp_path):
@@ -303,7 +303,7 @@ def test_a_reward_models_part_is_left_to_build(recipe, tmp_path):
 def test_files_that_are_not_there_are_named(recipe, tmp_path):
     settings = recipe()
     export(settings)
-    with pytest.raises(InputError, match=r"There is no file .*answers\.jsonl"):
+    with pytest.raises(InputError, match=r".*answers\.jsonl: file not found"):
         take(settings, tmp_path / "answers.jsonl")
 
 

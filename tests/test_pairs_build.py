@@ -189,6 +189,13 @@ def test_the_stronger_models_answer_is_preferred(prompts, tmp_path):
     }
 
 
+@pytest.mark.parametrize("refusal", [{"content": "", "refusal": "No."}, {"content": "I can't help with that."}])
+def test_a_refusal_is_no_stronger_answer(prompts, tmp_path, refusal):
+    with ChatServer(lambda body: refusal if body["model"] == "stronger-model" else "Fine.") as server:
+        report = run(server, prompts(numbered(2)), tmp_path / "out", method="stronger_preferred").report
+    assert report["dropped"] == {"stronger_refused": 2}
+
+
 def test_the_best_is_revised_and_the_worst_rejected(prompts, tmp_path):
     with ChatServer(answer) as server:
         report = run(server, prompts(numbered(3)), tmp_path / "out", method="judge_then_clair", num_responses=3).report
@@ -329,7 +336,7 @@ def test_a_changed_template_parameter_or_row_asks_only_for_what_it_changed(promp
         assert sent() == {"policy-model": 10, "reviser-model": 10}
         assert sent() == {}
         assert sent(max_edit_distance=0.9) == {}
-        packaged = Path("apo_trl/data/templates/revise.jinja").read_text(encoding="utf-8")
+        packaged = Path("apo_trl/pairs/text/prompt_templates/revise.jinja").read_text(encoding="utf-8")
         template.write_text(packaged.replace("as few changes", "very few changes"), encoding="utf-8")
         assert sent(reviser_template=str(template)) == {"reviser-model": 10}
         assert sent(reviser_temperature=0.1) == {"reviser-model": 10}
@@ -446,16 +453,16 @@ def test_n_is_used_where_a_server_honours_it_and_counted_where_it_gives_fewer(pr
             judge_base_url=judge.url,
         ).report  # fmt: skip
         assert [body.get("n") for body in server.bodies[2:]] == [3, 3]
-    assert report["servers"]["policy policy-model"] == "honours n, seed; ignores logprobs, response_format"
-    assert report["servers"]["judge judge-model"] == "ignores n, seed, logprobs, response_format"
+    assert report["servers"]["policy policy-model"] == "honours n, seed"
+    assert report["servers"]["judge judge-model"] == "ignores n, seed"
     assert report["kept"] + report["dropped"].get("disagreement", 0) == 2
 
 
 def test_a_refused_parameter_is_left_out_or_named(prompts, tmp_path, capfd):
-    with ChatServer(answer, refuses={"seed", "logprobs"}) as server:
+    with ChatServer(answer, refuses={"seed"}) as server:
         report = run(server, prompts(numbered(2)), tmp_path / "a").report
         assert report["kept"] == 2
-        assert "refuses seed, logprobs" in report["servers"]["policy policy-model"]
+        assert "refuses seed" in report["servers"]["policy policy-model"]
         assert not any("seed" in body for body in server.bodies[-2:])
     with ChatServer(answer, refuses={"temperature"}) as server:
         result = run(server, prompts(numbered(2)), tmp_path / "b")

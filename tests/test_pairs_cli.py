@@ -18,6 +18,7 @@ import pytest
 from chat_server import ChatServer
 
 import apo_trl.pairs
+from apo_trl.pairs.config.settings import known_keys
 
 KEY = "sk-test-0123456789abcdef"
 COMMAND = [sys.executable, "-m", "apo_trl.cli.main", "pairs"]
@@ -81,45 +82,57 @@ print([name for name in {HEAVY} if name in sys.modules], time.monotonic() - bega
     text = fresh(code)
     assert text.splitlines()[-1] == "[] True"
     assert "--judge_then_clair" not in text
-    assert len(set(re.findall(r"^  --(\w+) ", text, re.MULTILINE))) == 92
+    assert set(re.findall(r"^  --(\w+) ", text, re.MULTILINE)) == {*known_keys(), "traceback"}
 
 
 def test_importing_every_module_of_the_package_leaves_torch_out():
-    names = sorted(path.stem for path in Path(apo_trl.pairs.__file__).parent.glob("*.py") if path.stem != "__init__")
-    assert len(names) >= 28
-    assert {"build", "keys", "settings", "values", "records", "stats"} < set(names)
-    for name in names:
-        code = f"import sys, apo_trl.pairs.{name}; print([name for name in {HEAVY} if name in sys.modules])"
-        assert fresh(code) == "[]\n", name
+    folder = Path(apo_trl.pairs.__file__).parent
+    paths = [path.relative_to(folder).with_suffix("") for path in folder.rglob("*.py") if path.stem != "__init__"]
+    # What runs models in this process is imported only then.
+    names = sorted(".".join(path.parts) for path in paths if "in_process" not in path.parts)
+    assert {"build", "config.settings", "llm.requests", "output.writer", "text.filters"} < set(names)
+    assert len(names) >= 20
+    code = f"""
+import importlib, sys
+for name in {names}:
+    importlib.import_module(f"apo_trl.pairs.{{name}}")
+    for heavy in set({HEAVY}) & set(sys.modules):
+        sys.exit(f"{{name}} imports {{heavy}}")
+print("none")
+"""
+    assert fresh(code) == "none\n"
 
 
 def test_what_is_wrong_on_the_command_line_is_one_line(recipe, tmp_path):
     mine = recipe("http://127.0.0.1:9/v1")
-    assert fails("build", "pairs/clare").startswith("There is no file and no recipe 'pairs/clare'. Did you mean")
-    assert fails("build", mine, "--polcy_model", "x") == "There is no key 'polcy_model'. Did you mean 'policy_model'?"
-    assert fails("build", mine, f"--polcy_model={KEY}") == "There is no key 'polcy_model'. Did you mean 'policy_model'?"
+    assert fails("build", "pairs/clare").startswith("recipe: 'pairs/clare' not found. Did you mean")
+    for words in (["--polcy_model", "x"], [f"--polcy_model={KEY}"]):
+        assert fails("build", mine, *words).startswith("--polcy_model: unknown option. Did you mean '--policy_model'?")
     for words in (["--policy_api_key", KEY], [f"--policy_api_key={KEY}"], ["--policy_api_keys", KEY]):
-        assert fails("build", mine, *words).endswith("name its environment variable as policy_api_key_env.")
-    assert fails("build", mine, "--reviser_api_key_env", KEY).startswith("reviser_api_key_env must be the name of")
-    assert fails("build", mine, "--reviser_api_key_env", "sk_key_like_a_name").endswith("is not set; export it.")
+        assert fails("build", mine, *words).startswith("policy_api_key"), words
+        assert re.search("environment variable.*policy_api_key_env", fails("build", mine, *words))
+    for name in (KEY, "sk_key_like_a_name"):
+        message = fails("build", mine, "--reviser_api_key_env", name)
+        assert re.match("reviser_api_key_env: .* variable .* Export", message)
+        assert name not in message
     assert "one argument too many" in fails("build", mine, KEY)
-    assert fails("build", mine, "--seed") == "argument --seed: expected one argument."
-    assert fails("build", mine, "--seed", "x") == "seed: 'x' is not a whole number; write one, as 8."
-    assert fails("build", mine, "--dry_run=maybe").startswith("dry_run: 'maybe' is not true or false")
+    assert fails("build", mine, "--seed").startswith("--seed: expected one argument.")
+    assert re.fullmatch("seed: .* integer.* Set .*", fails("build", mine, "--seed", "x"))
+    assert fails("build", mine, "--dry_run=maybe").startswith("dry_run: must be a valid boolean")
     assert "RECIPE" in fails("build")
     assert "FILE" in fails("import-batch", mine)
-    assert "there is no file" in fails("build", mine, "--prompts", "none.jsonl")
-    assert "is no .jsonl, .json or .parquet file; give" in fails("build", mine, "--prompts", mine)
+    for name in ("none.jsonl", mine):
+        assert re.match(r"prompts: .*\.jsonl, \.json or \.parquet file", fails("build", mine, "--prompts", name))
     (tmp_path / "bad.jinja").write_text("{{ ''.__class__ }}")
     assert "bad.jinja cannot be used" in fails("build", mine, "--reviser_template", str(tmp_path / "bad.jinja"))
-    assert "cannot be made" in fails("build", mine, "--output_dir", mine)
+    assert fails("build", mine, "--output_dir", mine).startswith("output_dir: ")
     assert "none.jsonl" in fails("stats", "none.jsonl")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_needs_no_key_and_sends_nothing(recipe, tmp_path):
     mine = recipe("http://127.0.0.1:9/v1", reviser_api_key_env="NOT_SET")
-    assert "is not set" in fails("build", mine)
+    assert fails("build", mine).startswith("reviser_api_key_env: ")
     for flag in (["--dry_run"], ["--dry_run", "true"]):
         done = call("build", mine, *flag)
         assert (done.returncode, done.stderr) == (0, "")
@@ -139,7 +152,7 @@ def test_the_status_says_how_it_ended(recipe, monkeypatch):
         assert "Train on them: " in done.stdout
         assert re.search(
             r"^rows 20 of 20; kept 18; dropped 2 \(2 unchanged\); requests 4\d \([\d.]+/s\); "
-            r"tokens [\d,]+; left 0:00:00$",
+            r"tokens [\d,]+(; left 0:00:00)?$",
             done.stderr, re.MULTILINE,
         )  # fmt: skip
         done = call("build", recipe(server.url, 1, **keyed), "--output_dir", "/proc/none/out")

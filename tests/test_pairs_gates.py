@@ -37,7 +37,17 @@ PORTUGUESE = (
     "O céu é azul porque o ar dispersa muito mais as ondas curtas da luz do que as longas, em todas as direções."
 )
 RUSSIAN = "Небо голубое из-за воздуха."
-CHINESE = "天空是蓝色的。"
+CHINESE = (
+    "天空之所以是蓝色的,是因为空气对短波光的散射远远强于对长波光的散射,而且这种散射同时发生在所有方向上,"
+    "所以我们无论朝哪个方向看,都能看到被散射开来的蓝色的光。"
+)
+JAPANESE = (
+    "空が青いのは、空気が波長の短い光を波長の長い光よりもずっと強く、あらゆる方向に同時に散乱させるからです。"
+    "そのため、どの方向を見ても、散らばった青い光が目に入ってきます。"
+)
+SWEDISH = (
+    "Himlen är blå eftersom luften sprider ljusets korta vågor mycket mer än de långa, och det åt alla håll samtidigt."
+)
 NAMES = "Anna Schmidt, Pedro Lopez, Marie Dupont, Giulia Rossi, Jan Novak, Olga Ivanova, Ken Sato"
 CODE = "```python\nprint(1)\n```"
 
@@ -95,11 +105,12 @@ CASES = {
     "names": (ENGLISH, NAMES, TASK, None),
     "no language": (ENGLISH, "a1b2c3d4e5f6 9f8e7d6c5b4a " * 7, TASK, None),
     "far away too": (ENGLISH * 3, RUSSIAN * 10, TASK, "changed_language"),
-    "Cyrillic": ("The sky is blue because of air.", RUSSIAN, TASK, "changed_language"),
-    "Han": ("The sky is blue.", CHINESE, TASK, "changed_language"),
-    "Han asked for": ("The sky is blue.", CHINESE, "天空为什么是蓝色的?", None),
-    "Han in Chinese": ("The sky is blue.", CHINESE, "Say that in Chinese.", None),
-    "Han and kana": ("电脑程序软件", "コンピュータプログラムソフト", TASK, None),
+    "Cyrillic, short": ("The sky is blue because of air.", RUSSIAN, TASK, None),
+    "Han": (ENGLISH, CHINESE, TASK, "changed_language"),
+    "Han asked for": (ENGLISH, CHINESE, "天空为什么是蓝色的?", None),
+    "Han in Chinese": (ENGLISH, CHINESE, "Say that in Chinese.", None),
+    "Han and kana": (CHINESE, JAPANESE, TASK, None),
+    "Germanic": (GERMAN, SWEDISH, GERMAN_TASK, "changed_language"),
     "one letter": ("pi", "π", "Which letter?", None),
     "code": ("`" + "print(x) " * 9 + "` " + ENGLISH, ENGLISH + "\n```\n" + GERMAN * 2 + "\n```", TASK, None),
 }  # fmt: skip
@@ -151,6 +162,7 @@ REFUSALS = [
     "I'm sorry, but that's not something I can help with.",
     "I'm not comfortable providing that.",
     "I won't write that story.",
+    "**Sorry** - I can't respond to that.",
 ]
 NO_REFUSALS = [
     "",
@@ -158,6 +170,8 @@ NO_REFUSALS = [
     "I can't give enough thanks to the crew.",
     "I'm sorry to hear that you lost your job. Here is what helps: rest, friends, and a plan.",
     "I cannot help but wonder why.",
+    "That's something I can do for you!",
+    "I'm afraid of heights, so I can't help with ladders.",
     "I can't help it.",
     "I can't provide exact numbers, but about two million people live in Paris.",
     "As an AI language model, I have no feelings. Joy is a state of mind.",
@@ -191,7 +205,8 @@ def test_any_text_has_a_known_fault_or_none(task, original, revision):
 def test_languages_are_loaded_only_for_a_question():
     code = (
         "import sys; from apo_trl.pairs.text.filters import RevisionLimits, revision_reason\n"
-        "assert revision_fault('Why?', 'It is air, and light. ' * 9, 'It is air and light. ' * 9, Limits()) is None\n"
+        "original, revision = 'It is air, and light. ' * 9, 'It is air and light. ' * 9\n"
+        "assert revision_reason('Why?', original, revision, RevisionLimits()) is None\n"
         "assert not {'py3langid', 'torch', 'trl', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

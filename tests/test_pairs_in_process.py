@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 
 import pytest
@@ -11,8 +12,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
 from apo_trl.errors import InputError
-from apo_trl.pairs.llm.in_process import Generator, RewardModel
-from apo_trl.pairs.llm.in_process.generator import sampling_scores
+from apo_trl.pairs.llm.in_process import Generator, RewardModel, sampling_scores
 
 REFUSING = "{% if messages[-1]['role'] == 'tool' %}{{ raise_exception('No tools') }}{% endif %}"
 QUESTIONS = ["Hi", "Add 1 and 2, please.", "Why is the sky blue? " * 4, "Name a colour.", "x" * 60]
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
     """A tiny chat model of 128 tokens that says different things, and whose folder asks for odd sampling."""
     folder = tmp_path_factory.mktemp("chat")
     tokenizer = make_tokenizer()
-    tokenizer.model_max_length = 100  # where the host begins to warn of long texts
+    tokenizer.model_max_length = 100  # where TRL begins to warn of long texts
     save(folder, make_model(max_position_embeddings=128), tokenizer)
     settings = json.loads((folder / "generation_config.json").read_text())
     settings |= {"do_sample": True, "temperature": 0.6, "top_k": 2, "top_p": 0.5, "repetition_penalty": 1.7}
@@ -109,9 +109,8 @@ class TestSampled:
         assert generator.answer(bodies[::-1]) == alone[::-1]
         assert len({text(answer) for answer in alone}) > 15
 
-    @pytest.mark.parametrize("other", [2, -1, 1 + 2**32])
-    def test_another_seed_is_another_text(self, generator, other):
-        first, again, second = generator.answer([ask("Hi", seed=seed) for seed in (1, 1, other)])
+    def test_another_seed_is_another_text(self, generator):
+        first, again, second = generator.answer([ask("Hi", seed=seed) for seed in (1, 1, 2)])
         assert first == again
         assert text(first) != text(second)
 
@@ -137,6 +136,7 @@ class TestSampled:
             (1.0, 0.8, [8 / 14, 4 / 14, 2 / 14, 0, 0]),  # 12/16 < 0.8 <= 14/16
             (0.5, 0.75, [64 / 80, 16 / 80, 0, 0, 0]),  # the nucleus is that of the tempered distribution: 64/86 < 0.75
             (1.0, 0.01, [1, 0, 0, 0, 0]),
+            (1.0, 0.0, [1, 0, 0, 0, 0]),
             (1e-30, 1.0, [1, 0, 0, 0, 0]),
         ],
     )
@@ -205,10 +205,8 @@ class TestEnd:
         tokenizer.save_pretrained(tmp_path)
         (answer,) = Generator(str(tmp_path)).answer([ask("Hi", temperature=0)])
         assert answer == {
-            "object": "chat.completion",
-            "model": str(tmp_path),
-            "choices": [{"index": 0, "message": {"role": "assistant", "content": ""}, "finish_reason": "stop"}],
-            "usage": {"prompt_tokens": 5, "completion_tokens": 1, "total_tokens": 6},
+            "choices": [{"message": {"role": "assistant", "content": ""}, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 5, "completion_tokens": 1},
         }
 
     def test_every_end_token_of_the_model_ends(self, tmp_path):
@@ -217,7 +215,7 @@ class TestEnd:
         model.save_pretrained(tmp_path)
         (answer,) = Generator(str(tmp_path)).answer([ask("Hi", temperature=0)])
         assert (text(answer), reason(answer)) == (tokenizer.decode([100]) * 12, "length")
-        assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 12, "total_tokens": 17}
+        assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 12}
         model.generation_config.eos_token_id = [0, 7, 100]
         model.save_pretrained(tmp_path)
         (answer,) = Generator(str(tmp_path)).answer([ask("Hi", temperature=0)])
@@ -233,11 +231,13 @@ class TestEnd:
 
     def test_a_batch_is_over_when_its_last_row_is(self, generator, monkeypatch):
         bodies = [ask("Hi", seed=seed, temperature=3, max_tokens=40) for seed in range(64)]
-        ended = next(
-            (body, answer["usage"]["completion_tokens"])
+        ended = [
+            (answer["usage"]["completion_tokens"], body)
             for body, answer in zip(bodies, generator.answer(bodies), strict=True)
-            if 2 < answer["usage"]["completion_tokens"] < 40
-        )
+            if answer["usage"]["completion_tokens"] < 40
+        ]
+        early, late = (choose(ended, key=lambda each: each[0]) for choose in (min, max))
+        assert early[0] < late[0]
         generate, steps = generator.model.generate, []
 
         def counted(input_ids, **settings):
@@ -246,8 +246,8 @@ class TestEnd:
             return output
 
         monkeypatch.setattr(generator.model, "generate", counted)
-        generator.answer([ended[0], ask("Hi", max_tokens=1, temperature=0)])
-        assert steps == [ended[1]]
+        generator.answer([early[1], late[1]])
+        assert steps == [late[0]]
 
     def test_each_row_ends_at_its_own_limit(self, generator):
         # Finished rows are filled with the pad token, which is the end token here: no reason to say "stop".
@@ -260,7 +260,7 @@ class TestEnd:
     def test_without_a_limit_it_is_1024_or_the_rest_of_the_context(self, generator, tmp_path):
         body = {"messages": ask("Hi")["messages"], "temperature": 0}
         (answer,) = generator.answer([body])
-        assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 123, "total_tokens": 128}
+        assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 123}
         always(100, max_position_embeddings=2048).save_pretrained(tmp_path)
         make_tokenizer().save_pretrained(tmp_path)
         (answer,) = Generator(str(tmp_path)).answer([body])
@@ -276,40 +276,25 @@ class TestEnd:
         bodies = [ask("x" * size, temperature=0, max_tokens=99) for size in (50, 1, 30, 2)]
         answers = generator.answer(bodies)
         assert answers == [generator.answer([body])[0] for body in bodies]
-        assert all(reason(answer) == "stop" or answer["usage"]["total_tokens"] == 64 for answer in answers)
+        assert all(reason(answer) == "stop" or sum(answer["usage"].values()) == 64 for answer in answers)
 
 
 class TestRefused:
     @pytest.mark.parametrize(
         ("bad", "words"),
         [
-            (ask("x" * 125), "128"),
-            (ask("Hi", messages=[]), "messages"),
-            (ask("Hi", messages=[[{"role": "user", "content": "Hi"}]]), "messages"),
-            (ask("Hi", messages=None), "messages"),
-            (ask("Hi", messages=[{"role": "user"}]), "'content'"),
-            (ask("Hi", messages=[{"role": "tool", "content": "x"}]), "refuses these messages: No tools."),
-            (ask("Hi", temperature=-1), "temperature is -1"),
-            (ask("Hi", temperature=float("nan")), "temperature is nan"),
-            (ask("Hi", top_p=0), "top_p is 0"),
-            (ask("Hi", top_p=1.1), "top_p is 1.1"),
-            (ask("Hi", max_tokens=0), "max_tokens is 0"),
-            (ask("Hi", seed="x"), "seed is 'x'"),
-            (ask("Hi", top_k=3), "'top_k' is not supported"),
+            (ask("x" * 125), "^messages: .*128"),
+            (ask("Hi", messages=[{"role": "tool", "content": "x"}]), "chat template .*No tools"),
+            (ask("Hi", top_k=3), "^top_k: not supported"),
         ],
     )
     def test_alone(self, generator, bad, words, warnings_of_the_host):
         good = [ask("Hi", temperature=0), ask(QUESTIONS[1], seed=4)]
         first, refused, last = generator.answer([good[0], bad, good[1]])
         assert refused.keys() == {"error"}
-        assert refused["error"]["type"] == "invalid_request"
-        assert words in refused["error"]["message"]
+        assert re.search(words, refused["error"]["message"])
         assert [first, last] == generator.answer(good)
         assert not warnings_of_the_host
-
-    def test_none_is_not_given(self, generator):
-        given = ask("Hi", temperature=None, top_p=None, seed=5, model="any")
-        assert generator.answer([given]) == generator.answer([ask("Hi", seed=5)])
 
     def test_nothing_asked(self, generator):
         assert generator.answer([]) == []
@@ -337,25 +322,23 @@ class TestMemory:
         assert small.sizes == [8, 4, 2, 2, 2, 2]
         assert small.answer(bodies[:3]) == generator.answer(bodies[:3])
         assert small.sizes[6:] == [2, 1]
-        assert [record.getMessage() for record in caplog.records] == [
-            f"'{small.name}' runs out of memory on a batch of 8; smaller ones follow."
-        ]
+        assert [record.args for record in caplog.records] == [(small.name, 8, 4), (small.name, 4, 2)]
 
     def test_what_does_not_fit_alone_is_refused_alone(self, small):
         small.holds = lambda batch: batch.shape[1] < 60
         answers = small.answer([ask("x" * 60, seed=0), ask("Hi", seed=0)])
-        assert answers[0]["error"]["type"] == "out_of_memory"
+        assert "memory" in answers[0]["error"]["message"]
         assert text(answers[1])
 
 
 class TestLoading:
     def test_nothing_there(self, tmp_path):
-        with pytest.raises(InputError, match=r"'.*nowhere' cannot be loaded: .*; give its folder or hub name\.$"):
+        with pytest.raises(InputError, match=r"model: .*nowhere' cannot be loaded: .*\. Check the name\.$"):
             Generator(str(tmp_path / "nowhere"))
 
     @pytest.mark.parametrize(
         ("settings", "words"),
-        [({"dtype": "bfloat61"}, "The dtype 'bfloat61' is not known"), ({"device": "abacus"}, "be loaded: .*abacus")],
+        [({"dtype": "bfloat61"}, "be loaded: .*bfloat61"), ({"device": "abacus"}, "be loaded: .*abacus")],
     )
     def test_settings_that_do_not_exist(self, folder, settings, words):
         with pytest.raises(InputError, match=words):
@@ -381,7 +364,7 @@ class TestLoading:
         tokenizer = make_tokenizer()
         tokenizer.chat_template = None
         model = make_model() if kind is Generator else classifier()
-        with pytest.raises(InputError, match=r"has no chat template; put a chat_template\.jinja into its folder"):
+        with pytest.raises(InputError, match=r"model: .* has no chat template\. Add a chat_template\.jinja"):
             kind(save(tmp_path, model, tokenizer))
 
     def test_weights_that_are_missing(self, model_dir, tmp_path):
@@ -391,7 +374,7 @@ class TestLoading:
         weights = load_file(broken / "model.safetensors")
         del weights["model.norm.weight"]
         save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(InputError, match=r"has no weights for model\.norm\.weight"):
+        with pytest.raises(InputError, match=r"model: .* has no weights for model\.norm\.weight"):
             Generator(str(broken))
 
     @pytest.mark.parametrize("own", [True, False], ids=["with a tokenizer", "without"])
@@ -424,6 +407,12 @@ def conversation(answer):
     return [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
 
 
+def rewards(reward, talks):
+    """The rewards of conversations, None for those that are refused."""
+    answers = reward.answer([{"messages": talk} for talk in talks])
+    return [None if "error" in answer else float(text(answer)[2:-2]) for answer in answers]
+
+
 TALKS = [conversation(answer) for answer in ("Hello", "a" * 70, "", "Go away! " * 5, "Hi", "b")]
 
 
@@ -436,7 +425,7 @@ class TestReward:
     def test_is_the_logit_of_the_conversation_alone(self, reward, tmp_path, warnings_of_the_host):
         model = LlamaForSequenceClassification.from_pretrained(tmp_path)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-        scores = reward.score(TALKS)
+        scores = rewards(reward, TALKS)
         assert len(set(scores)) == 6
         for talk, score in zip(TALKS, scores, strict=True):
             whole = "".join(f"<|{message['role']}|>{message['content']}<|end|>" for message in talk)
@@ -445,35 +434,34 @@ class TestReward:
         assert not warnings_of_the_host
 
     def test_does_not_depend_on_its_batch(self, reward):
-        scores = reward.score(TALKS)
-        assert [reward.score([talk])[0] for talk in TALKS] == pytest.approx(scores, abs=1e-5)
-        assert reward.score(TALKS[::-1]) == pytest.approx(scores[::-1], abs=1e-5)
+        scores = rewards(reward, TALKS)
+        assert [rewards(reward, [talk])[0] for talk in TALKS] == pytest.approx(scores, abs=1e-5)
+        assert rewards(reward, TALKS[::-1]) == pytest.approx(scores[::-1], abs=1e-5)
         assert max(scores) - min(scores) > 0.01
 
-    def test_too_long_is_none_and_said_once(self, reward, caplog, warnings_of_the_host):
+    def test_too_long_is_none(self, reward, warnings_of_the_host):
         long = conversation("x" * 130)
-        scores = reward.score([long, TALKS[0], long, TALKS[1]])
+        scores = rewards(reward, [long, TALKS[0], long, TALKS[1]])
         assert scores == [
             None,
-            *[pytest.approx(score, abs=1e-5) for score in reward.score([TALKS[0]])],
+            *[pytest.approx(score, abs=1e-5) for score in rewards(reward, [TALKS[0]])],
             None,
             scores[3],
         ]
         assert scores[3] is not None
-        assert [record.getMessage() for record in caplog.records] == [
-            "2 of 4 conversations have no score: more than 128 tokens, or more than the memory holds."
-        ]
         assert not warnings_of_the_host
 
-    def test_max_length(self, tmp_path):
-        reward = RewardModel(save(tmp_path, classifier()), max_length=11)
+    def test_the_length_of_the_tokenizer_is_a_limit_too(self, tmp_path):
+        tokenizer = make_tokenizer()
+        tokenizer.model_max_length = 11
+        reward = RewardModel(save(tmp_path, classifier(), tokenizer))
         # <|user|> H i <|end|> <|assistant|> H e l l o <|end|> are 11 tokens.
-        first, second = reward.score([conversation("Hello"), conversation("Hello!")])
+        first, second = rewards(reward, [conversation("Hello"), conversation("Hello!")])
         assert first is not None
         assert second is None
 
     def test_out_of_memory_halves_the_batch(self, reward, monkeypatch, caplog):
-        expected, forward = reward.score(TALKS), reward.model.forward
+        expected, forward = rewards(reward, TALKS), reward.model.forward
 
         def limited(input_ids, **settings):
             if len(input_ids) > 1:
@@ -481,8 +469,8 @@ class TestReward:
             return forward(input_ids=input_ids, **settings)
 
         monkeypatch.setattr(reward.model, "forward", limited)
-        assert reward.score(TALKS) == pytest.approx(expected, abs=1e-5)
-        assert len(caplog.records) == 1
+        assert rewards(reward, TALKS) == pytest.approx(expected, abs=1e-5)
+        assert [record.args[1:] for record in caplog.records] == [(4, 2), (2, 1)]
 
     def test_an_encoder(self, tmp_path):
         from transformers import BertConfig, BertForSequenceClassification
@@ -491,22 +479,30 @@ class TestReward:
         config = BertConfig(**shape, max_position_embeddings=128, num_labels=1, pad_token_id=0)
         torch.manual_seed(0)
         reward = RewardModel(save(tmp_path, BertForSequenceClassification(config)))
-        scores = reward.score(TALKS)
-        assert [reward.score([talk])[0] for talk in TALKS] == pytest.approx(scores, abs=1e-5)
+        scores = rewards(reward, TALKS)
+        assert [rewards(reward, [talk])[0] for talk in TALKS] == pytest.approx(scores, abs=1e-5)
         assert max(scores) - min(scores) > 0.001
 
     def test_two_labels(self, tmp_path):
-        with pytest.raises(InputError, match="has 2 labels; give one trained with num_labels=1"):
+        with pytest.raises(InputError, match=r"model: .* has 2 labels\. Set one with num_labels=1"):
             RewardModel(save(tmp_path, classifier(num_labels=2)))
 
     def test_a_language_model_is_no_reward_model(self, model_dir):
-        with pytest.raises(InputError, match=r"has no weights for score\.weight, so it is no reward model"):
+        with pytest.raises(
+            InputError, match=r"has no weights for score\.weight. Set a complete AutoModelForSequenceClassification"
+        ):
             RewardModel(str(model_dir))
 
     def test_a_template_that_refuses(self, reward):
         reward.tokenizer.chat_template = REFUSING + TEMPLATE
-        with pytest.raises(InputError, match="refuses these messages"):
-            reward.score([TALKS[0], [{"role": "tool", "content": "x"}]])
+        with pytest.raises(InputError, match="messages: not supported by the chat template"):
+            rewards(reward, [TALKS[0], [{"role": "tool", "content": "x"}]])
 
     def test_nothing(self, reward):
-        assert reward.score([]) == []
+        assert rewards(reward, []) == []
+
+    def test_an_answer_is_a_score_as_a_judge_writes_it(self, reward):
+        score, long = reward.answer([{"messages": TALKS[0]}, {"messages": conversation("x" * 130)}])
+        assert re.fullmatch(r"\[\[-?[0-9.e-]+\]\]", text(score))
+        assert reason(score) == "stop"
+        assert "longer than" in long["error"]["message"]

@@ -172,7 +172,6 @@ def test_a_real_server_from_prompts_to_training(served, prompts, tmp_path):  # n
     assert report["roles"]["policy"]["prompt_tokens"] > 50
     (honours,) = {found for place, found in report["servers"].items() if place.startswith("policy")}
     assert "ignores n" in honours
-    assert "response_format" in honours.split("ignores")[1]
     assert report["kept"] >= 1, report["dropped"]
 
     clair = {key: value for key, value in recipe.items() if not key.startswith("stronger_")} | {
@@ -192,3 +191,35 @@ def test_a_real_server_from_prompts_to_training(served, prompts, tmp_path):  # n
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert list((tmp_path / "out").glob("adapter_model.safetensors"))
+
+
+def test_requests_in_this_process_wait_together_for_one_batch():
+    import asyncio
+    from types import SimpleNamespace
+
+    from apo_trl.pairs.llm.backends import InProcess
+    from apo_trl.pairs.llm.requests import RequestFailed
+
+    batches = []
+
+    def generate(bodies):
+        batches.append(list(bodies))
+        return [{"error": {"message": "too long"}} if body == "bad" else {"choices": body} for body in bodies]
+
+    async def main():
+        keys = {"method": "clair", "prompts": "p", "output_dir": "o", "policy_batch_size": 3, "reviser_model": "r"}
+        settings = make_settings(keys)
+        role = settings.policy[0]
+        backend = InProcess(role, settings)
+        backend._model = SimpleNamespace(answer=generate)
+        bodies = ["a", "b", "bad", "c", "d"]
+        answers = await asyncio.gather(*(backend.complete(role, body) for body in bodies), return_exceptions=True)
+        alone = await backend.complete(role, "e")
+        await backend.close()
+        return [*answers, alone]
+
+    a, b, bad, *rest = asyncio.run(main())
+    assert [a, b, *rest] == [{"choices": body} for body in "abcde"]
+    assert isinstance(bad, RequestFailed)
+    assert bad.message == "too long"
+    assert batches == [["a", "b", "bad"], ["c", "d"], ["e"]]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from apo_trl.pairs.text.revisions import Malformed, Revision, build_reply, parse_revision
+from apo_trl.pairs.judging import parse_score, parse_verdict
+from apo_trl.pairs.text.revisions import Malformed, Revision, parse_revision
 from apo_trl.pairs.text.templates import suffix_for
-from apo_trl.pairs.text.verdicts import Verdict, parse_score, parse_verdict
 
 DATA = Path(os.environ.get("APO_TRL_DATA", "/nowhere"))
 HERE, WHY, WORSE = "{corrected_student_solution}", "{teacher_reasoning}", "{worsened_student_solution}"
@@ -20,7 +20,6 @@ ANSWERS = {
     # the authors' headings
     "bold": (f"**{HERE}**: 4", "4"),
     "bold with the colon inside": (f"**{HERE}:** 4", "4"),
-    "bold around heading and answer": (f"**{HERE}: 4**", "4"),
     "the answer's own bold stays": (f"{HERE}: **4** it is", "**4** it is"),
     "no colon": (f"{WHY}\nShort.\n\n{HERE}\n\n4", "4"),
     "underlined by hashes": (f"### {HERE}\n4", "4"),
@@ -29,7 +28,6 @@ ANSWERS = {
     "named with a colon in the reasoning": (f"{WHY}: What follows {HERE}: is new.\n\n{HERE}:\n4", "4"),
     "answer holds the marker": (f"{HERE}:\nWrite it under {HERE}: and stop.", f"Write it under {HERE}: and stop."),
     "two headings": (f"{HERE}:\n3\n\nNo, wait.\n\n{HERE}:\n4", "4"),
-    "inside a line, once": (f"It is simple, so {HERE}: 4", "4"),
     "words, bold": ("**Corrected Student Solution:**\n4", "4"),
     "words, heading": ("### Corrected Student Solution:\n4", "4"),
     "words, bare": ("Corrected Student Solution\n4", "4"),
@@ -42,11 +40,6 @@ ANSWERS = {
     "underlined heading": (f"{HERE}:\nText.\n\nThe end\n---\nIt is short.", "Text.\n\nThe end\n---\nIt is short."),
     "indentation of the first line": (f"{HERE}:\n\n    x = 1\n    y = 2\n", "    x = 1\n    y = 2"),
     "fence around the whole": (f"```\n{WHY}: x\n{HERE}: 4\n```", "4"),
-    # JSON
-    "json": ('{"reasoning": "r", "revision": "4"}', "4"),
-    "json in a fence": ('```json\n{"corrected_student_solution": "4"}\n```', "4"),
-    "json with a line break": ('{"revision": "a\nb"}', "a\nb"),
-    "json around tags": ('{"revision": "<revision>4</revision>"}', "4"),
     # tags
     "tags": ("<reasoning>\nr\n</reasoning>\n<revision>\n4\n</revision>", "4"),
     "tags, remark after": ("<revision>\n4\n</revision>\n\nI hope this helps!", "4"),
@@ -68,12 +61,15 @@ ANSWERS = {
 
 NO_ANSWERS = {
     "nothing": ("", "no revised answer"),
+    "json": ('{"revision": "4"}', "no revised answer"),
     "refusal": ("I'm sorry, but I can't assist with that.", "no revised answer"),
     "worsened": (f"{WORSE}: 5", "no revised answer"),
     "worsened after it": (f"{HERE}: 4\n\n{WORSE}: 5", "goes on"),
     "reasoning after it": (f"{HERE}: 4\n\n{WHY}: because", "goes on"),
     "in the reasoning only, heading": (f"<reasoning>\n{HERE}: 5\n</reasoning>\n4", "goes on"),
     "empty tag": ("<revision />4", "no revised answer"),
+    "bold around heading and answer": (f"**{HERE}: 4**", "no revised answer"),
+    "inside a line": (f"It is simple, so {HERE}: 4", "no revised answer"),
     "two inside lines": (f"So {HERE}: 3, or {HERE}: 4", "no revised answer"),
     "named only": (f"I would leave {HERE} as it is.", "no revised answer"),
     "named only, in quotes": (f"What comes as `{HERE}:` is good.", "no revised answer"),
@@ -88,11 +84,6 @@ NO_ANSWERS = {
     "in the reasoning only": ("<reasoning>Not <revision>5</revision>.</reasoning>\n4", "inside its reasoning"),
     "in the thoughts only": ("<think>Not <revision>5</revision>.</think>\n4", "no revised answer"),
     "cut off in its thoughts": ("<think>Not <revision>5</revision>", "thoughts"),
-    "json, cut off": ('{"reasoning": "r", "revision": "The ans', "no revised answer"),
-    "json, no text": ('{"revision": 4}', "something else than a text"),
-    "json, half a character": ('{"revision": "\\ud83d"}', "half a character"),
-    "json, other keys": ('{"answer": "4"}', "no revised answer"),
-    "json, too deep": ('{"a":' * 100_000, "no revised answer"),
 }  # fmt: skip
 
 
@@ -121,7 +112,6 @@ def test_refuses(reply, why):
         (f"Sure!\n**{WHY}**: Too short.\n\n**{HERE}**: 4", "Too short."),
         ("Sure!\n<reasoning>\nToo short.\n</reasoning>\nHere:\n**<revision>**4</revision>", "Too short."),
         ("<reasoning>Too short.\n```\n<revision>4</revision>\n```", "Too short."),
-        ('{"rationale": " Too short. ", "revision": "4"}', "Too short."),
         ("<think>Hm.</think>Too short. <revision>4</revision>", "Too short."),
         ("<revision>4</revision> after", ""),
     ],
@@ -161,7 +151,9 @@ anything = st.one_of(
 @example("</revision>", "  \n\t\n    x\n\n  ")
 def test_what_was_built_is_read_back(rationale, text):
     tag = _tag(rationale, text)
-    found = parse_revision(build_reply(rationale, text, tag), tag)
+    reasoning = "reasoning" + tag.removeprefix("revision")
+    reply = f"<{reasoning}>\n{rationale}\n</{reasoning}>\n<{tag}>\n{text}\n</{tag}>"
+    found = parse_revision(reply, tag)
     assert found == Revision(rationale.strip(), expected(text))
 
 
@@ -190,26 +182,26 @@ def test_whatever_is_said_is_read_or_malformed(reply):
 @pytest.mark.parametrize(
     ("reply", "verdict"),
     [
-        ("B is longer, but A is right. [[A]]", Verdict.A),
-        ("[[a]]", Verdict.A),
-        ("[[ B ]]", Verdict.B),
-        ("[[C]]", Verdict.TIE),
-        ("[[Tie]]", Verdict.TIE),
-        ("[[A>>B]]", Verdict.A),
-        ("[[A > B]]", Verdict.A),
-        ("[[A=B]]", Verdict.TIE),
-        ("[[B>A]]", Verdict.B),
-        ("[[b >> a]]", Verdict.B),
-        ("At first [[A]], but no: [[B]]", Verdict.B),
-        ("[[B]]\n\nThat is my verdict, see [1] and [[2]].", Verdict.B),
-        ("", Verdict.INVALID),
-        ("A is better. Verdict: A", Verdict.INVALID),
-        ("[A]", Verdict.INVALID),
-        ("[[D]] [[AB]] [[A<B]] [[A>A]] [[]]", Verdict.INVALID),
+        ("B is longer, but A is right. [[A]]", "A"),
+        ("[[a]]", "A"),
+        ("[[ B ]]", "B"),
+        ("[[C]]", "TIE"),
+        ("[[Tie]]", "TIE"),
+        ("[[A>>B]]", "A"),
+        ("[[A > B]]", "A"),
+        ("[[A=B]]", "TIE"),
+        ("[[B>A]]", "B"),
+        ("[[b >> a]]", "B"),
+        ("At first [[A]], but no: [[B]]", "B"),
+        ("[[B]]\n\nThat is my verdict, see [1] and [[2]].", "B"),
+        ("", None),
+        ("A is better. Verdict: A", None),
+        ("[A]", None),
+        ("[[D]] [[AB]] [[A<B]] [[A>A]] [[]]", None),
     ],
 )
 def test_verdict(reply, verdict):
-    assert parse_verdict(reply) is verdict
+    assert parse_verdict(reply) == verdict
 
 
 @pytest.mark.parametrize(
@@ -237,18 +229,12 @@ def test_score(reply, score):
     assert parse_score(reply) == score
 
 
-def test_score_on_another_scale():
-    assert parse_score("[[4/5]]", 0, 5) == 4.0
-    assert parse_score("[[0]]", 0, 5) == 0.0
-    assert parse_score("[[7]]", 0, 5) is None
-
-
 @settings(deadline=None)
 @given(anything)
 def test_the_last_brackets_decide_after_any_noise(noise):
-    assert parse_verdict(noise + "[[B]]") is Verdict.B
+    assert parse_verdict(noise + "[[B]]") == "B"
     assert parse_score(noise + "[[7]]") == 7.0
-    assert isinstance(parse_verdict(noise), Verdict)
+    assert parse_verdict(noise) in (None, "A", "B", "TIE")
     assert parse_score(noise) is None or 1 <= parse_score(noise) <= 10
 
 

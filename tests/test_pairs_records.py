@@ -76,16 +76,11 @@ def test_lines_that_are_no_json_or_no_utf8_are_bad_rows_with_their_number(tmp_pa
     records = list(source(tmp_path / "p.jsonl"))
     assert len(records) == len(lines)
     faults = {record.position + 1: record.fault for record in records if record.reason}
-    assert {number: fault[:40] for number, fault in faults.items()} == {
-        2: "Row 2 is not in UTF-8.",
-        3: "Row 3 is not JSON (Unterminated string s",
-        4: "Row 4 is JSON that cannot be read (its n",
-        5: "Row 5 is JSON that cannot be read (its n",
-        6: "Row 6 is no JSON object; it needs a fiel",
-        7: "Row 7 is no JSON object; it needs a fiel",
-        8: "Row 8 is not in UTF-8.",
-        13: "Row 13 is not JSON (Invalid control char",
+    assert {number: fault.split(":")[0] for number, fault in faults.items()} == {
+        **{number: f"Row {number} is not JSON in UTF-8" for number in (2, 3, 4, 5, 8, 13)},
+        **{number: f"Row {number} is not a JSON object." for number in (6, 7)},
     }
+    assert len(records[8].id) == 16
     assert {record.reason for record in records} == {"", "bad_row"}
     assert len(records[9].prompt[0]["content"]) == 3_000_000
     assert records[10].prompt == [user("nul \x00 in it")]
@@ -117,7 +112,7 @@ def test_arrays_parquet_and_folders_hold_the_same_rows(tmp_path):
     assert "name" not in found[2][0].prompt[0]
 
 
-def test_parquet_may_hold_what_no_request_can(tmp_path):
+def test_parquet_may_hold_what_json_cannot(tmp_path):
     import datetime
 
     import pyarrow as pa
@@ -128,7 +123,7 @@ def test_parquet_may_hold_what_no_request_can(tmp_path):
         pa.Table.from_pylist([{"prompt": [message]}, {"prompt": [message | {"at": None}]}]), tmp_path / "p.parquet"
     )
     first, second = source(tmp_path / "p.parquet")
-    assert first.fault == "Row 1 has a message in 'prompt' with 'at', which cannot be sent."
+    assert first.prompt == [user("one") | {"at": "2024-01-01 00:00:00"}]
     assert second.prompt == [user("one")]
 
 
@@ -161,11 +156,9 @@ def test_ids_are_kept_as_text_and_made_of_the_content_where_there_is_none():
     assert {record.reason for record in moved} == {""}
     # The prompt as a text and as a message is the same question.
     assert read([{"prompt": [user("f")]}])[0].id == made
-    bad({"id": ["a"], "prompt": "a"}, "has a 'id' that is neither a text nor a number")
-    bad({"id": 10**5000, "prompt": "a"}, "has a 'id' that is neither a text nor a number")
 
 
-def test_what_stands_twice_is_named_with_the_row_it_stands_in_before():
+def test_duplicates_name_the_earlier_row():
     records = read(
         [
             {"prompt": "a"},
@@ -179,11 +172,11 @@ def test_what_stands_twice_is_named_with_the_row_it_stands_in_before():
     )
     assert [(record.reason, record.fault) for record in records] == [
         ("", ""),
-        ("duplicate_prompt", "Row 2 asks the same as row 1."),
+        ("duplicate_prompt", "Row 2 has the same prompt and answers as row 1."),
         ("", ""),
         ("duplicate_id", "Row 4 has the id 'x' of an earlier row; ids must be unique."),
-        ("duplicate_prompt", "Row 5 asks the same as row 3."),
-        ("duplicate_prompt", "Row 6 asks the same as row 3."),
+        ("duplicate_prompt", "Row 5 has the same prompt and answers as row 3."),
+        ("duplicate_prompt", "Row 6 has the same prompt and answers as row 3."),
         ("", ""),  # its answer makes it another row
     ]
 
@@ -218,6 +211,7 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "functi
             (),
         ),
         ({"prompt": [user("a") | {"name": "half \ud800", "weight": None}]}, [user("a") | {"name": "half \ufffd"}], ()),
+        ({"prompt": [user("a") | {"\ud800\n": 1, "weight": float("nan")}]}, [user("a") | {"\ufffd\n": 1}], ()),
         ({"messages": [user("a"), {"role": "assistant", "content": "b"}]}, [user("a")], ("b",)),
         ({"messages": [user("a"), {"role": "assistant", "content": " "}]}, [user("a")], ()),
         ({"messages": [user("a")]}, [user("a")], ()),
@@ -255,56 +249,52 @@ def test_an_answer_may_name_its_model():
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (7, "is no JSON object"),
-        ({}, "has no 'prompt' and no 'messages'; its fields are none."),
-        ({"text": "a", "n": 1}, "its fields are 'text', 'n'."),
-        ({"promt": "a"}, "its fields are 'promt'."),
-        ({"\ud800\n\x1b[31m": 1}, "has no 'prompt'"),
-        ({"prompt": " \n"}, "has an empty 'prompt'"),
-        ({"prompt": 5}, "has a 'prompt' that is neither a text nor a list of messages"),
-        ({"prompt": []}, "has a 'prompt' that is neither a text nor a list of messages"),
-        ({"prompt": {"role": "user"}}, "has a 'prompt' that is neither"),
-        ({"prompt": ["a"]}, "has a 'prompt' that is neither"),
-        ({"prompt": [{"content": "a"}]}, "has a message in 'prompt' without a 'role'"),
+        (7, "is not a JSON object"),
+        ({}, "list of messages as 'prompt'"),
+        ({"text": "a", "n": 1}, "list of messages as 'prompt'"),
+        ({"prompt": float("nan")}, "list of messages as 'prompt'"),
+        ({"prompt": " \n"}, "ends with text"),
+        ({"prompt": 5}, "needs a string or a list of messages as 'prompt'"),
+        ({"prompt": []}, "needs a string or a list of messages as 'prompt'"),
+        ({"prompt": {"role": "user"}}, "list of messages as 'prompt'"),
+        ({"prompt": ["a"]}, "list of messages as 'prompt'"),
+        ({"prompt": [{"content": "a"}]}, "without a 'role'"),
         ({"prompt": [{"role": 5, "content": "a"}]}, "without a 'role'"),
         ({"prompt": [{"role": "task>\nIgnore", "content": "a"}]}, "without a 'role'"),
-        ({"prompt": [{"role": "user", "content": 5}]}, "whose 'content' is no text"),
-        ({"prompt": [{"role": "user"}]}, "whose 'content' is no text"),
-        ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "whose 'content' is no text"),
-        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "whose 'content' is no text"),
-        ({"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}, "whose 'content' is no text"),
-        ({"prompt": [{"role": "user", "content": []}]}, "has an empty 'prompt'"),
-        ({"prompt": [{"role": "user", "content": ""}]}, "has an empty 'prompt'"),
-        ({"prompt": [user("a") | {"weight": float("nan")}]}, "with 'weight', which cannot be sent"),
-        ({"prompt": [user("a") | {"\ud800\n": float("nan")}]}, "which cannot be sent"),
+        ({"prompt": [{"role": "user", "content": 5}]}, "'content' is not text"),
+        ({"prompt": [{"role": "user"}]}, "'content' is not text"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "'content' is not text"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "'content' is not text"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'content' is not text"),
+        ({"prompt": [{"role": "user", "content": []}]}, "ends with text"),
+        ({"prompt": [{"role": "user", "content": ""}]}, "ends with text"),
         (
             {"prompt": [user("a"), {"role": "assistant", "content": "b"}]},
-            "ends with the assistant's turn; put that into",
+            "which is in 'responses'",
         ),
-        ({"prompt": [user("a"), CALL]}, "ends with the assistant's turn"),
-        ({"messages": "a"}, "has a 'messages' that is neither"),
+        ({"prompt": [user("a"), CALL]}, "which is in 'responses'"),
+        ({"messages": "a"}, "list of messages as 'messages'"),
         (
             {"messages": [{"role": "assistant", "content": "b"}]},
-            "has 'messages' with nothing before the assistant's turn",
+            "needs a 'messages' that ends with text",
         ),
-        ({"prompt": "a", "responses": 5}, "has an answer in 'responses' that is empty or no text"),
-        ({"prompt": "a", "responses": True}, "has an answer in 'responses' that is empty or no text"),
-        ({"prompt": "a", "responses": [None]}, "has an answer in 'responses' that is empty or no text"),
-        ({"prompt": "a", "responses": ["b", " "]}, "has an answer in 'responses' that is empty or no text"),
-        ({"prompt": "a", "responses": [["b", "c"]]}, "has an answer in 'responses' that is empty or no text"),
-        ({"prompt": "a", "responses": [[]]}, "has an answer in 'responses' that is empty or no text"),
-        ({"prompt": "a", "responses": [{"content": None}]}, "has an answer in 'responses' that is empty or no text"),
-        ({"prompt": "a", "responses": [{"text": "b", "model": ["m"]}]}, "has a 'model' that is neither"),
-        ({"prompt": "a", "completion": [user("b")]}, "has an answer in 'responses' that is not the assistant's"),
+        ({"prompt": "a", "responses": 5}, "not an assistant's text"),
+        ({"prompt": "a", "responses": True}, "not an assistant's text"),
+        ({"prompt": "a", "responses": [None]}, "not an assistant's text"),
+        ({"prompt": "a", "responses": ["b", " "]}, "not an assistant's text"),
+        ({"prompt": "a", "responses": [["b", "c"]]}, "not an assistant's text"),
+        ({"prompt": "a", "responses": [[]]}, "not an assistant's text"),
+        ({"prompt": "a", "responses": [{"content": None}]}, "not an assistant's text"),
+        ({"prompt": "a", "completion": [user("b")]}, "not an assistant's text"),
     ],
 )
-def test_a_row_that_cannot_be_used_says_why(row, words):
+def test_an_unusable_row_has_a_fault(row, words):
     bad(row, words)
 
 
-def test_a_row_needs_an_answer_where_nobody_can_be_asked():
+def test_a_row_needs_an_answer_without_a_policy():
     with pytest.raises(
-        InputError, match=r"no row of p can be used\. Row 1 has no 'responses', and the recipe no policy_"
+        InputError, match=r"p has no usable row\. Row 1 has no 'responses', and policy_model is not set"
     ):
         read([{"prompt": "a"}], policy_model=None)
     (record,) = read([{"prompt": "a", "response": "b"}], policy_model=None)
@@ -315,13 +305,13 @@ def test_nothing_to_read_is_an_input_error(tmp_path):
     empty = tmp_path / "empty.jsonl"
     for content in (b"", b"\n \n", b"\xef\xbb\xbf"):
         empty.write_bytes(content)
-        with pytest.raises(InputError, match=r"prompts: no row of .*empty\.jsonl can be used\. It has none\.$"):
+        with pytest.raises(InputError, match=r"prompts: .*empty\.jsonl has no usable row\. It is empty\.$"):
             list(source(empty))
     empty.write_bytes(b"broken\n{}\n")
-    with pytest.raises(InputError, match=r"can be used\. Row 1 is not JSON \(Expecting value at character 1\)\.$"):
+    with pytest.raises(InputError, match=r"has no usable row\. Row 1 is not JSON in UTF-8: Expecting value.*\.$"):
         list(source(empty))
     for name in ("none.jsonl", "none.json", "none.parquet", "none.jsonl.gz"):
-        with pytest.raises(InputError, match=f"prompts: there is no file .*{name}; give one that there is"):
+        with pytest.raises(InputError, match=f"prompts: no .*file: .*{name}. Check the path"):
             source(tmp_path / name)
     whole = gzip.compress(b'{"prompt": "a"}\n' * 5000)
     for content in (b"no gzip", whole[:40], whole[:20] + b"\x00" * 30 + whole[50:]):
@@ -329,7 +319,7 @@ def test_nothing_to_read_is_an_input_error(tmp_path):
         with pytest.raises(InputError, match=r"prompts: .*p\.jsonl\.gz cannot be read: "):
             list(source(tmp_path / "p.jsonl.gz"))
     (tmp_path / "p.parquet").write_bytes(b"no parquet")
-    with pytest.raises(InputError, match=r"p\.parquet cannot be read"):
+    with pytest.raises(InputError, match=r"p\.parquet: cannot be read"):
         list(source(tmp_path / "p.parquet"))
 
 
@@ -432,8 +422,8 @@ def test_what_users_and_models_wrote_is_never_evaluated(step):
     [
         ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
         ("{{ cycler.__init__.__globals__ }}", "unsafe"),
-        ("{{ anwser }}", "no variable 'anwser'. Did you mean 'answer'? It is given task, earlier, s, problem, answer."),
-        ("{% if earlier %}{{ history }}{% endif %}{{ task }}", "there is no variable 'history'."),
+        ("{{ anwser }}", "unknown variable 'anwser'. Did you mean 'answer'? Use task, earlier, s, problem, answer."),
+        ("{% if earlier %}{{ history }}{% endif %}{{ task }}", "unknown variable 'history'."),
         ("{{ task", "unexpected end of template"),
         ("{% for x in range(999999999) %}{% endfor %}", "Range too big"),
         ("{{ 1 / 0 }}", "division by zero"),
@@ -443,7 +433,7 @@ def test_what_users_and_models_wrote_is_never_evaluated(step):
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion"),
         ("{{ earlier.append(1) }}", "unsafe"),
         ("{{ earlier[3].content }}", "has no element 3"),
-        ("{% set system %}only this{% endset %}", "it says nothing outside of `system` and `repair`"),
+        ("{% set system %}only this{% endset %}", "no text outside of `system` and `repair`"),
         (b"\xff\xfe", "can't decode"),
     ],
 )

@@ -19,7 +19,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from apo_trl.pairs.llm.response_cache import ResponseCache
-store = Store(Path(sys.argv[1]))
+store = ResponseCache(Path(sys.argv[1]))
 for number in range(10**9):
     store.add(f"{sys.argv[2]}-{number}", '"' + "x" * 3000 + '"', role="policy", step="sample", row="r", sample=0,
               model="m", usage=(1, 1), cost=0.0)
@@ -63,21 +63,21 @@ def test_a_second_writer_is_told_and_the_first_goes_on(tmp_path):
 def test_a_file_that_is_no_database_is_named_and_stays(tmp_path, content):
     (tmp_path / "store.sqlite").write_bytes(content)
     for _ in range(2):  # the lock is free again
-        with pytest.raises(InputError, match=r"store\.sqlite is no store .*move it away"):
+        with pytest.raises(InputError, match=r"output_dir: .*store\.sqlite is not a response cache .*Move it"):
             ResponseCache(tmp_path)
     assert (tmp_path / "store.sqlite").read_bytes() == content
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"output_dir: .*file cannot be made"):
+    with pytest.raises(InputError, match=r"output_dir: .*file.* Set a writable folder"):
         ResponseCache(tmp_path / "file")
     (tmp_path / "a" / "store.sqlite").mkdir(parents=True)
     for _ in range(2):
-        with pytest.raises(InputError, match=r"store\.sqlite cannot be opened"):
+        with pytest.raises(InputError, match=r"output_dir: .*store\.sqlite is not a response cache"):
             ResponseCache(tmp_path / "a")
     (tmp_path / "b" / "store.lock").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"output_dir: .*b cannot be written to"):
+    with pytest.raises(InputError, match=r"output_dir: .*b: .*Set a writable folder"):
         ResponseCache(tmp_path / "b")
 
 
@@ -86,7 +86,7 @@ def test_a_full_disk_is_told_and_takes_nothing_with_it(tmp_path):
         store.add("a", "1", **ENTRY)
         pages = store._base.execute("PRAGMA page_count").fetchone()[0]
         store._base.execute(f"PRAGMA max_page_count = {pages}")
-        with pytest.raises(InputError, match=r"cannot be written \(database or disk is full\)"):
+        with pytest.raises(InputError, match=r"output_dir: .*\(database or disk is full\).* Run it again"):
             store.add("b", json.dumps("x" * 100_000), **ENTRY)
         assert store.reply("a") == 1
         assert store.reply("b") is None
@@ -107,12 +107,12 @@ def test_replies_of_shards_are_taken_over_once_and_the_own_stay(tmp_path):
         assert [whole.take_over(path) for path in paths] == [0, 0]
         assert [whole.reply(key) for key in "abc"] == ["whole", "one", "two"]
         (tmp_path / "bad").write_bytes(b"no database, whatever its name says" * 100)
-        with pytest.raises(InputError, match=r"bad cannot be taken over .*move it away"):
+        with pytest.raises(InputError, match=r"output_dir: .*bad is not a response cache .*Move it"):
             whole.take_over(tmp_path / "bad")
         with sqlite3.connect(tmp_path / "other") as other:
             other.execute("CREATE TABLE replies (key TEXT)")
         other.close()
-        with pytest.raises(InputError, match="other cannot be taken over"):
+        with pytest.raises(InputError, match="other is not a response cache"):
             whole.take_over(tmp_path / "other")
         assert whole.take_over(paths[0]) == 0, "a failure left something attached"
 
@@ -127,7 +127,6 @@ def test_usage_and_mean_are_sums_and_means_of_what_was_answered(tmp_path):
         store.add("3", "1", **ENTRY | {"usage": (7, 11), "cost": 0.25})
         store.add("4", "1", **ENTRY | {"role": "judge", "usage": (1, 0)})
         store.add("5", "1", **ENTRY | {"step": "probe", "usage": (1000, 1000)})
-        store.fail("6", role="policy", row="1", message="no")
         assert store.usage() == {
             "judge": {"requests": 1, "prompt_tokens": 1, "completion_tokens": 0, "cost": 0.5},
             "policy": {"requests": 3, "prompt_tokens": 1013, "completion_tokens": 1021, "cost": 1.75},
@@ -196,3 +195,14 @@ def test_everything_that_determines_a_reply_is_in_its_key_and_nothing_else():
         key_of(max_edit_distance=0.1), key_of(policy_timeout=5), key_of(policy_requests_per_minute=7),
     ]  # fmt: skip
     assert {request.key for request in same} == {first}
+
+
+def test_the_probe_of_an_earlier_run_is_used(tmp_path):
+    from apo_trl.pairs.llm.servers import Servers, _probe_request
+
+    settings = make_settings({"method": "clair", "prompts": "p", "output_dir": "o", "reviser_model": "r"} | REQUEST)
+    probe = _probe_request(settings.policy[0])
+    assert probe.body["max_tokens"] == 32
+    with ResponseCache(tmp_path) as store:
+        store.add(probe.key, json.dumps({"n": True, "seed": None}), **ENTRY)
+        assert Servers(settings, store, print).notes == {"policy m": "honours n; refuses seed"}

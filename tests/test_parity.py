@@ -1,7 +1,6 @@
-"""Through the real trainer: where the host has an answer, ours equals it; where it has none, a worked one."""
+"""Through the real trainer: where TRL has an answer, ours equals it; where it has none, a worked one."""
 
 import copy
-import functools
 import math
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 from apo_trl import APOTrainer
 from apo_trl.config import ADDED_LOSSES, SMOOTHED_LOSSES, TRL_LOSSES
 from apo_trl.losses import LOSSES, PER_TOKEN_LOSSES
-from apo_trl.metrics import SLOPES, largest_slope
+from apo_trl.saturation import PAIR_LOSSES, largest_slope, slope
 
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True)
 # transformers 4 rounds what it logs to four digits.
@@ -40,8 +39,8 @@ def test_every_loss_of_the_host_trains_as_before(train, name):
 
 @pytest.mark.parametrize("name", ["apo_zero", "apo_down"])
 @pytest.mark.parametrize("case", ["full", "lora", "ld_alpha", "accumulation", "checkpointing", "keep_end"])
-def test_our_functions_equal_the_hosts_losses(train, monkeypatch, name, case):
-    """`LOSSES[name]`, trained under another name through our own path, against the host's code."""
+def test_our_functions_equal_trls_losses(train, monkeypatch, name, case):
+    """`LOSSES[name]`, trained under another name through our own path, against TRL's code."""
     monkeypatch.setitem(ADDED_LOSSES, f"our_{name}", LOSSES[name])
     settings = {
         "full": {},
@@ -69,7 +68,7 @@ def test_training_starts_at_one(train, name, peft_config):
 
 
 def test_an_explicit_reference(train, model_dir):
-    """A reference that is not the policy: step 0 is not 1, and equals the host's."""
+    """A reference that is not the policy: step 0 is not 1, and equals TRL's."""
     settings = {"loss_type": "apo_zero"}
     theirs = train(DPOTrainer, DPOConfig, ref_model=make_model(seed=1), **settings)
     ours = train(ref_model=make_model(seed=1), **settings)
@@ -105,7 +104,7 @@ def test_precomputed_reference(train):
         same(curve(stored), curve(online))
 
 
-def test_evaluation_equals_the_hosts(train, dataset):
+def test_evaluation_equals_trls(train, dataset):
     def evaluated(*classes, **settings):
         return train(*classes, eval_dataset=dataset, eval_strategy="steps", eval_steps=2, **settings)
 
@@ -120,12 +119,12 @@ def test_evaluation_of_a_dataset_given_later_and_of_several(train, dataset):
     both = trainer.evaluate()
     assert trainer.evaluate(dataset)["eval_loss"] == pytest.approx(both["eval_a_loss"])
     logged = [entry for entry in trainer.state.log_history if "eval_rewards/margins" in entry]
-    assert len(logged) == 3  # the host logs the metrics of every dataset under one name, and so do we
+    assert len(logged) == 3  # TRL logs the metrics of every dataset under one name, and so do we
     assert all("eval_apo/displaced" in entry for entry in logged)
 
 
 def test_compute_metrics_still_gets_logits(train, dataset):
-    """Deprecated in the host, and served: evaluation asks for outputs besides the loss."""
+    """Deprecated in TRL, and served: evaluation asks for outputs besides the loss."""
     seen = []
 
     def compute_metrics(prediction):
@@ -251,7 +250,7 @@ class TestLengths:
         assert loss == pytest.approx(torch.stack(expected).mean().item(), abs=max(CLOSE, 1e-5))
 
     def test_the_host_counts_one_token_too_many_there(self, train):
-        """Why ours do not share the host's lengths: sigmoid_norm's own loss against its formula, after keep_end."""
+        """Why ours do not share TRL's lengths: sigmoid_norm's own loss against its formula, after keep_end."""
         settings = {"truncation_mode": "keep_end", "max_length": 9}
         trainer = train(loss_type=["sigmoid_norm"], ref_model=make_model(seed=1), run=False, **settings)
         batch = next(iter(trainer.get_train_dataloader()))
@@ -263,8 +262,8 @@ def raw_logps(model, ids):
     return torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
 
 
-FIXED = {"beta": 0.1, "smoothing": 0.05, "tau": 0.05}
-SATURATING = {name for name in SLOPES if not math.isnan(largest_slope(functools.partial(SLOPES[name], **FIXED)))}
+FIXED = SimpleNamespace(beta=0.1, label_smoothing=0.05, discopop_tau=0.05)
+SATURATING = {name for name in PAIR_LOSSES if not math.isnan(largest_slope(name, FIXED))}
 LENGTHS = torch.tensor([[1, 3], [4, 2], [2, 2], [1, 1], [3, 1], [2, 4], [4, 4], [3, 2]])  # chosen, rejected
 
 
@@ -291,7 +290,7 @@ def graded(trainer, ratios, wins):
     return gradient.view(2, number).T
 
 
-@pytest.mark.parametrize("name", sorted(SLOPES))
+@pytest.mark.parametrize("name", sorted(PAIR_LOSSES))
 def test_slopes_are_those_of_the_real_loss(train, name):
     settings = {"beta": 0.3, "discopop_tau": 0.7, **({"label_smoothing": 0.2} if name in SMOOTHED_LOSSES else {})}
     trainer = train(loss_type=[name], run=False, **settings)
@@ -303,8 +302,7 @@ def test_slopes_are_those_of_the_real_loss(train, name):
         per_token = LENGTHS if name in PER_TOKEN_LOSSES else torch.ones_like(LENGTHS)
         expected = torch.linalg.vector_norm(gradients * per_token, dim=1)
         rewards = 0.3 * ratios / per_token
-        slope = functools.partial(SLOPES[name], beta=0.3, smoothing=settings.get("label_smoothing", 0), tau=0.7)
-        got = 0.3 * slope(*rewards.unbind(1), wins=wins)
+        got = 0.3 * slope(name, *rewards.unbind(1), trainer.args, wins)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-9, check_dtype=False)
 
 
@@ -312,8 +310,8 @@ def test_slopes_are_those_of_the_real_loss(train, name):
 def test_saturation_of_every_loss_at_both_ends(train, name):
     """Near the anchor no pair is saturated; far from it, those of a loss whose slope fades are."""
     trainer = train(loss_type=name, run=False, **NEEDS.get(name, {}))
-    assert (trainer._saturation is None) == (name not in SLOPES)
-    if name not in SLOPES:
+    assert bool(trainer._saturation.losses) == (name in PAIR_LOSSES)
+    if name not in PAIR_LOSSES:
         return
     ones = torch.ones(3)
     # `nca_pair` pulls a chosen answer back that is far above the reference.

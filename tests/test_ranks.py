@@ -36,7 +36,7 @@ def report(**values):
 ROWS = """
 from apo_trl.datasets import preprocessing as dataset
 
-seen, inner = 0, dataset._with_reasons
+seen, inner = 0, dataset._add_reasons
 
 @functools.wraps(inner)  # and so the same to the cache
 def counted(batch, **settings):
@@ -44,7 +44,7 @@ def counted(batch, **settings):
     seen += len(batch["chosen"])
     return inner(batch, **settings)
 
-dataset._with_reasons = counted
+dataset._add_reasons = counted
 try:
     APOTrainer(model, args=args, train_dataset=load("bad"))
 except InputError as error:
@@ -130,14 +130,14 @@ def test_every_process_does_the_same_forwards(launch, hardware):
 @pytest.fixture
 def counted(monkeypatch):
     """How many rows each look at a dataset was for."""
-    counts, inner = [], dataset._with_reasons
+    counts, inner = [], dataset._add_reasons
 
     @functools.wraps(inner)
     def count(batch, **settings):
         counts.append(len(batch["chosen"]))
         return inner(batch, **settings)
 
-    monkeypatch.setattr(dataset, "_with_reasons", count)
+    monkeypatch.setattr(dataset, "_add_reasons", count)
     return counts
 
 

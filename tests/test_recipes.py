@@ -64,7 +64,7 @@ def test_a_broken_key_in_any_of_them_is_found(name, tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text(find_recipe(name).read_text() + "\nlerning_rate: 1\n")
     (error,) = [finding for finding in check(str(broken)) if finding.level == "error"]
-    assert "The key 'lerning_rate'" in error.text
+    assert "unknown key: 'lerning_rate'" in error.text
     assert "Did you mean 'learning_rate'?" in error.text
 
 
@@ -80,16 +80,16 @@ def test_hardware_is_accepted_by_accelerate(path):
 BAD = {
     "a loss that does not exist": ("loss_type: apo_zeroo", "Did you mean 'apo_zero'?"),
     "a value of the wrong type": ("beta: high", "invalid float value"),
-    "quantised full fine-tuning": ("load_in_4bit: true", "load_in_4bit without use_peft"),
-    "an adapter on lm_head": ("use_peft: true\nlora_target_modules: [q_proj, lm_head]", "names lm_head"),
+    "quantised full fine-tuning": ("load_in_4bit: true", "load_in_4bit: requires use_peft"),
+    "an adapter on lm_head": ("use_peft: true\nlora_target_modules: [q_proj, lm_head]", "lora_target_modules: lm_head"),
     "a column that the loss needs": ("loss_type: apo_blend\ndataset_name: plain.jsonl", "has no 'chosen_wins'"),
     "prompts longer than max_length": ("dataset_name: pairs.jsonl\nmax_length: 8", "in 8 of 8 rows"),
-    "a file that is not there": ("dataset_name: none.jsonl", "there is no file none.jsonl"),
+    "a file that is not there": ("dataset_name: none.jsonl", "none.jsonl"),
 }
 NOTES = {
-    "label smoothing": ("label_smoothing: 0.1", "label_smoothing has no effect on apo_zero"),
-    "a beta for sums": ("loss_type: apo_zero_norm", "beta 0.1 is small for apo_zero_norm"),
-    "the batch": ("per_device_train_batch_size: 2\ngradient_accumulation_steps: 8", "batch: 16 pairs a step"),
+    "label smoothing": ("label_smoothing: 0.1", "label_smoothing: no effect on apo_zero"),
+    "a beta for sums": ("loss_type: apo_zero_norm", "beta: 0.1 is small for apo_zero_norm"),
+    "the batch": ("per_device_train_batch_size: 2\ngradient_accumulation_steps: 8", "batch: 16 pairs"),
 }
 
 
@@ -149,7 +149,7 @@ class TestCommands:
         with pytest.raises(SystemExit) as stop:
             cli.main(["recipes", "copy", "llama-3-8b/apo_zero_full", str(copy)])
         assert stop.value.code == 2
-        assert "exists; choose another FILE" in capsys.readouterr().err
+        assert "mine.yaml exists" in capsys.readouterr().err
 
 
 class TestPlan:
@@ -187,11 +187,11 @@ class TestPlan:
         assert hardware("zero3_offload") == {"stage": 3, "offload": True, "fsdp": False}
         assert hardware("fsdp2") == {"stage": 3, "offload": False, "fsdp": True}
         assert hardware("single_gpu")["stage"] == 0
-        with pytest.raises(InputError, match=r"there is no 'zero33'. Did you mean 'zero3'\?"):
+        with pytest.raises(InputError, match=r"'zero33' not found. Did you mean 'zero3'\?"):
             hardware("zero33")
 
 
 def test_a_wrong_name():
-    words = r"no file and no recipe 'smollm2-135m/dem'. Did you mean 'smollm2-135m/demo'\?"
+    words = r"'smollm2-135m/dem' not found. Did you mean 'smollm2-135m/demo'\?"
     with pytest.raises(InputError, match=words):
         find_recipe("smollm2-135m/dem")

@@ -101,14 +101,14 @@ class TestDefectsOfTheHost:
         for changed in ({"learning_rate": 1e-4}, {"output_dir": str(tmp_path / "elsewhere")}):
             data = on_disk()
             pairs = [stored(*HOST, data=data, **more)[1] for more in ({}, {}, changed)]
-            assert pairs[1:] == [0, 8], "of the host"  # twice the same is found, anything else is not
+            assert pairs[1:] == [0, 8], "of TRL"  # twice the same is found, anything else is not
         assert [stored(data=on_disk(), **more)[1] for more in ({}, {}, changed)] == [8, 0, 0]
 
     def test_ld_alpha_serves_the_sums_without_it(self, train, stored, on_disk):
         settings = {"data": on_disk(), "max_length": None}
         right = truth(train, **settings, ld_alpha=0.0)
         plain, changed = stored(*HOST, **settings)[0], stored(*HOST, **settings, ld_alpha=0.0)[0]
-        assert torch.equal(values(changed), values(plain)), "the host is stale"
+        assert torch.equal(values(changed), values(plain)), "TRL is stale"
         assert (values(changed) - right).abs().max() > 1
 
         assert stored(**settings)[1] == 8
@@ -121,7 +121,7 @@ class TestDefectsOfTheHost:
         settings = {"data": on_disk(), "truncation_mode": "keep_end"}
         right = truth(train, **settings, max_length=4)
         whole, cut = stored(*HOST, **settings, max_length=64)[0], stored(*HOST, **settings, max_length=4)[0]
-        assert torch.equal(values(cut), values(whole)), "the host is stale"
+        assert torch.equal(values(cut), values(whole)), "TRL is stale"
         assert (values(cut) - right).abs().max() > 1
 
         assert stored(**settings, max_length=64, keep_degenerate_pairs=True)[1] == 8
@@ -329,7 +329,7 @@ class TestEvaluation:
         assert pairs == 4
         assert torch.equal(values(again)[:, :8], before)
 
-    def test_a_stream_is_refused_in_the_hosts_words(self, stored, dataset):
+    def test_a_stream_is_refused_in_trls_words(self, stored, dataset):
         for classes in ((), HOST):
             with pytest.raises(ValueError, match="not supported with IterableDataset"):
                 stored(*classes, data=dataset.to_iterable_dataset())
@@ -510,7 +510,9 @@ class TestSettings:
             config = APOConfig(
                 str(tmp_path), use_cpu=True, precompute_ref_log_probs=True, ref_cache_dir=str(tmp_path / folder)
             )
-            with pytest.raises(InputError, match=r"set ref_cache_dir to a folder that can be written\.$") as refusal:
+            with pytest.raises(
+                InputError, match=r"ref_cache_dir: .* Set it to a folder that can be written\.$"
+            ) as refusal:
                 APOTrainer(model="no/such-model", args=config, train_dataset=Dataset.from_list(rows()))
             assert str(tmp_path / folder) in str(refusal.value)
 
@@ -519,7 +521,7 @@ class TestSettings:
         (path,) = files(tmp_path)
         path.unlink()
         path.mkdir()
-        with pytest.raises(InputError, match="set ref_cache_dir to a folder"):
+        with pytest.raises(InputError, match=r"ref_cache_dir: .* Set it to a folder"):
             stored()
 
     def test_without_precompute_the_folder_does_nothing_and_says_so(self, train, tmp_path, caplog):
@@ -625,7 +627,9 @@ class TestFingerprint:
 
     def test_processes_with_different_weights_are_refused(self, stored, monkeypatch):
         monkeypatch.setattr(fingerprint, "gather_object", lambda own: [*own, "another"])
-        with pytest.raises(InputError, match=r"different weights of the reference.*precompute_ref_log_probs=False"):
+        with pytest.raises(
+            InputError, match=r"precompute_ref_log_probs: .*different weights.*precompute_ref_log_probs=False"
+        ):
             stored()
 
 

@@ -36,19 +36,22 @@ def config(**settings):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"loss_type": "apo_zeroo"}, r"loss_type 'apo_zeroo' does not exist. Did you mean 'apo_zero'\? Known are"),
-        ({"loss_type": ["apo_zero", "kto"]}, "loss_type 'kto' does not exist"),
-        ({"loss_type": []}, "loss_type is empty"),
-        ({"loss_type": ["apo_zero", "sft"], "loss_weights": [1.0]}, "loss_weights has 1 values for the 2 losses"),
-        ({"loss_type": "apo_blend", "f_divergence_type": "forward_kl"}, "f_divergence_type='forward_kl'"),
-        ({"loss_type": "apo_zero_norm", "use_weighting": True}, "use_weighting=True is not defined"),
+        ({"loss_type": "apo_zeroo"}, r"loss_type: 'apo_zeroo' .* Did you mean 'apo_zero'\? Use one of"),
+        ({"loss_type": ["apo_zero", "kto"]}, "loss_type: 'kto'"),
+        ({"loss_type": []}, "loss_type: .* empty"),
+        ({"loss_type": ["apo_zero", "sft"], "loss_weights": [1.0]}, "loss_weights: .* 2 losses .* got 1"),
+        (
+            {"loss_type": "apo_blend", "f_divergence_type": "forward_kl"},
+            "f_divergence_type: 'forward_kl' .*reverse_kl",
+        ),
+        ({"loss_type": "apo_zero_norm", "use_weighting": True}, "use_weighting: True .* False"),
     ],
     ids=str,
 )
 def test_settings_that_cannot_be(settings, words):
     with pytest.raises(InputError, match=words):
         config(**settings)
-    # The host's config lets the first of them through; the trainer does not, and loads nothing before it says so.
+    # TRL's config lets the first of them through; the trainer does not, and loads nothing before it says so.
     if "loss_weights" not in settings:
         plain = DPOConfig("out", use_cpu=True, bf16=False, **settings)
         with pytest.raises(InputError, match=words):
@@ -140,11 +143,11 @@ def test_pairs_that_teach_nothing_are_left_out_and_counted_once(train, warned):
     trainer = train(data=Dataset.from_list(plain[:2] + USELESS + plain[2:]), max_length=40, steps=1)
     assert [row["prompt"] for row in trainer.train_dataset] == [row["prompt"] for row in plain]
     (warning,) = warned()
-    assert warning.removeprefix("[RANK 0] ") == (
-        "Left out 4 of 8 pairs of the train dataset: 1 where the prompt alone fills max_length=40, 1 where chosen "
-        "equals rejected, 1 where a completion is empty, 1 where chosen equals rejected after truncation to "
-        "max_length=40. Set keep_degenerate_pairs=True in APOConfig to keep those that fit into max_length."
-    )
+    assert "4 of 8 pairs of the train dataset" in warning
+    for reason in ("the prompt alone fills max_length=40", "chosen equals rejected", "a completion is empty",
+                   "chosen equals rejected after truncation to max_length=40"):  # fmt: skip
+        assert f"1 because {reason}" in warning
+    assert "keep_degenerate_pairs=True" in warning
 
 
 def test_they_can_be_kept(train, warned):
@@ -160,7 +163,7 @@ def test_texts_without_messages_are_screened_too(train, warned):
     texts = [{"prompt": "Q:", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(4)]
     trainer = train(data=Dataset.from_list([*texts, {"prompt": "Q:", "chosen": "", "rejected": " no"}]), steps=1)
     assert len(trainer.train_dataset) == 4
-    assert "1 where a completion is empty" in warned()[0]
+    assert "1 because a completion is empty" in warned()[0]
 
 
 def test_pairs_whose_prompt_is_implicit(train):
@@ -171,7 +174,7 @@ def test_pairs_whose_prompt_is_implicit(train):
 @pytest.mark.parametrize("whole", [False, True], ids=["answers", "conversations"])
 @pytest.mark.parametrize("stream", [False, True], ids=["rows", "stream"])
 def test_a_text_prompt_beside_lists_of_messages(train, whole, stream):
-    """As UltraFeedback and the paper's own pairs are stored; the host fails on it, by the luck of a hash."""
+    """As UltraFeedback and the paper's own pairs are stored; TRL fails on it, by the luck of a hash."""
     data = [
         row
         | {"prompt": row["prompt"][0]["content"]}
@@ -186,16 +189,16 @@ def test_a_text_prompt_beside_lists_of_messages(train, whole, stream):
 
 
 def test_nothing_left_is_an_error(train):
-    with pytest.raises(InputError, match="No pair of the train dataset can teach anything: 1 where chosen equals"):
+    with pytest.raises(InputError, match="train dataset are degenerate: 1 because chosen equals"):
         train(data=Dataset.from_list(USELESS[:2]))
-    with pytest.raises(InputError, match=r"1 where the prompt alone fills max_length=40\. Look at the data"):
+    with pytest.raises(InputError, match=r"1 because the prompt alone fills max_length=40\. .* raise max_length"):
         train(data=Dataset.from_list(USELESS[3:]), max_length=40)
 
 
 def test_a_stream_leaves_them_out_as_they_arrive(train, warned):
     data = Dataset.from_list([{k: v for k, v in row.items() if k != "chosen_wins"} for row in rows()] + USELESS[:2])
     trainer = train(data=data.to_iterable_dataset(), steps=4)
-    assert sum("can teach nothing" in warning for warning in warned()) == 1
+    assert sum("degenerate" in warning for warning in warned()) == 1
     assert len(list(trainer.train_dataset)) == 8
 
 
@@ -213,14 +216,14 @@ class TestModelCard:
         assert "rafailov2023direct" not in card
         assert "- apo" in card.split("---")[1]
 
-    def test_stays_the_hosts_for_the_hosts_other_losses(self, train):
+    def test_stays_trls_for_its_other_losses(self, train):
         card = self.text(train(loss_type="sigmoid", steps=1))
         assert "trained with DPO" in card
         assert "2408.06266" not in card
 
 
 def test_without_a_config_it_trains_with_apo_zero(model_dir, dataset, monkeypatch, tmp_path, train):
-    # The host's default, bfloat16, needs a GPU; nothing else is changed.
+    # TRL's default, bfloat16, needs a GPU; nothing else is changed.
     class OnCPU(APOConfig):
         def __init__(self, output_dir):
             super().__init__(output_dir, use_cpu=True, bf16=False)

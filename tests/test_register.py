@@ -1,5 +1,6 @@
 """`register()`: explicit, idempotent, reversible, and the same as `APOTrainer`."""
 
+import pickle
 import subprocess
 import sys
 
@@ -75,7 +76,19 @@ def test_the_plain_trainer_gives_the_curve_of_apo_trainer(train, loss_type):
         assert curve(theirs, key) == curve(ours, key)
 
 
-def test_the_default_loss_stays_the_hosts(train):
+def test_what_the_class_of_a_trainer_becomes(train, tmp_path):
+    """As the docstring of `register()` says: a subclass with TRL's name."""
+    apo_trl.register()
+    trainer = train(DPOTrainer, DPOConfig, run=False)
+    assert isinstance(trainer, DPOTrainer)
+    assert type(trainer) is not DPOTrainer
+    assert (type(trainer).__name__, type(trainer).__module__) == (DPOTrainer.__name__, DPOTrainer.__module__)
+    assert pickle.loads(pickle.dumps(trainer.args)).loss_type == trainer.args.loss_type
+    with pytest.raises(pickle.PicklingError, match="DPOTrainer"):  # by its name, which is that of another class
+        pickle.dumps(type(trainer))
+
+
+def test_the_default_loss_stays_trls(train):
     apo_trl.register()
     trainer = train(DPOTrainer, DPOConfig, steps=1)
     assert trainer.args.loss_type == ["sigmoid"]
@@ -85,7 +98,7 @@ def test_the_default_loss_stays_the_hosts(train):
 
 def test_a_wrong_loss_is_refused_when_the_plain_config_is_made():
     apo_trl.register()
-    with pytest.raises(InputError, match=r"'apo_zer' does not exist. Did you mean 'apo_zero'\?"):
+    with pytest.raises(InputError, match=r"loss_type: 'apo_zer'.* Did you mean 'apo_zero'\?"):
         DPOConfig(loss_type="apo_zer", use_cpu=True, bf16=False)
     apo_trl.unregister()
     assert DPOConfig(loss_type="apo_zer", use_cpu=True, bf16=False).loss_type == ["apo_zer"]

@@ -162,6 +162,7 @@ class TestResults:
     def test_the_numbers_of_the_table(self, run, make):
         page = make(run)
         assert page.rows[0] == ["", "a-run"]
+        assert "docs/metrics.md" in page.text
         assert page.row("Steps") == ["30"]
         assert page.row("Last training loss") == ["0.9000"]
         assert page.row("Held-out reward of chosen") == ["+0.500"]
@@ -195,13 +196,13 @@ class TestResults:
             write_run(tmp_path / "b", history(), run=one),
             write_run(tmp_path / "c", history(apo=False), run=record()),  # of single answers, with other defaults
         )
-        assert page.row("Loss") == ["1.0 apo_zero + 0.1 sft", "sigmoid", "default"]
+        assert page.row("Loss") == ["apo_zero, sft", "sigmoid", "default"]
         assert page.rows[1] == ["Loss", *page.row("Loss")]
         beta, setting = (row[1:] for row in page.rows if row[0] == "beta")
         assert beta == ["0.5", "0.1 (default)", "default"]
         assert setting == ["0.5", "default", "default"]
         assert page.row("Learning rate") == ["0.0002", "1e-06 (default)", "default"]
-        assert page.row("loss_weights") == ["[1.0, 0.1]", "default", "default"]
+        assert page.row("loss_weights") == ["1.0, 0.1", "default", "default"]
 
     def test_without_a_record_the_log_tells_what_it_can(self, tmp_path, make):
         page = make(write_run(tmp_path / "run", history()))
@@ -266,11 +267,11 @@ class TestPairs:
     def test_a_long_text_is_folded(self, tmp_path, make):
         words = " ".join(f"word{at}" for at in range(100))
         rows = [
-            pair("long", "displaced", prompt=words, chosen="\n".join("abcdefghijkl"), rejected="x" * 30_000),
+            pair("long", "displaced", prompt=words, chosen="Short.", rejected="x" * 30_000),
             pair("short", "displaced", prompt="Say hello.", chosen="Hello!", rejected="No."),
         ]
         page = make(write_run(tmp_path / "run", history(), rows=rows))
-        assert sum(tag == "details" for tag, _ in page.elements) == 3
+        assert sum(tag == "details" for tag, _ in page.elements) == 2
         assert f"All {len(words)} characters." in page.text
         assert words in page.text
         shown = re.search(r'Prompt</p><div class="words" dir="auto">(.*?)…</div><details>', page.source)[1]
@@ -291,7 +292,7 @@ class TestPairs:
 
     def test_of_very_many_only_some_are_drawn_and_all_are_counted(self, tmp_path, make):
         page = make(write_run(tmp_path / "run", history(), rows=pairs(separated=1200)))
-        assert "Of 1,200 pairs, 400 are drawn, evenly chosen." in page.text
+        assert "400 of 1,200 pairs are drawn; 0 are not finite." in page.text
         assert page.row("Separated pairs")[0].endswith("1,200 of 1,200")
 
 
@@ -307,7 +308,8 @@ class TestPictures:
     def test_what_the_pictures_say_is_also_said_in_words(self, run, make):
         rewards, regimes, arrows, plane, losses, saved = (image["alt"] for image in make(run).images)
         assert "chosen, held out: from 0 at step 0 to 0.5 at step 30" in rewards
-        assert "separated 0% then 50%, both up 0% then 12%, displaced 0% then 25%, rest 100% then 12%" in regimes
+        assert "separated: from 0 at step 0 to 0.5 at step 30; both up: from 0 at step 0 to 0.125 at step 30" in regimes
+        assert "rest: from 1 at step 0 to 0.125 at step 30" in regimes
         counts = "Of 10 pairs: separated 5, both up 1, displaced 3, rest 1."
         assert counts in arrows
         assert counts in plane
@@ -383,7 +385,7 @@ class TestMissing:
 
     def test_beside_a_run_that_has_them(self, run, tmp_path, make):
         page = make(run, write_run(tmp_path / "plain", history(apo=False)))
-        assert "plain The regimes were not logged" in page.section("Regimes")
+        assert "plain The regimes were logged for fewer than two steps" in page.section("Regimes")
         assert page.row("Displaced pairs")[1] == "not evaluated"
         assert len(page.images) == len(KINDS) + 2
 
@@ -411,11 +413,6 @@ class TestMissing:
         for term in ("loss, held out: from 1 at", "loss/apo_zero, held out: from 0.5", "loss/sft, held out: from 2 at"):
             assert term in losses["alt"]
 
-    def test_how_to_read_it(self, run, make):
-        text = make(run).section("How to read this")
-        for word in ("apo_zero", "apo_down", "any other loss", "anchor", "displaced", "separated", "docs/metrics.md"):
-            assert word in text
-
     def test_settings_and_versions(self, tmp_path, make):
         modules = ["q_proj", "v_proj"]
         settings = dict(lora_target_modules=modules, use_peft=True, dataset_name="some-pairs", note="long " * 100)
@@ -431,7 +428,9 @@ class TestMissing:
 
 def test_what_differs_between_runs_is_bold(tmp_path, make):
     runs = [write_run(tmp_path / f"{seed}", history(), run=record(seed=seed, beta=0.5)) for seed in (1, 2)]
-    bold = re.findall(r'<tr role="row" class="differs"><th scope="row" role="rowheader"><bdi>(\w+)', make(*runs).source)
+    bold = re.findall(
+        r'<tr role="row" class="differs">\s*<th scope="row" role="rowheader"><bdi>(\w+)', make(*runs).source
+    )
     assert bold == ["seed"]
 
 
@@ -469,9 +468,9 @@ class TestHostile:
         log += [{"step": step, "loss": 1.0} for step in ("50", True, -1, 10**30, None)]
         log += [None, "x", {"loss": 1}, {"step": 41, "rewards/chosen": "<b>", "rewards/rejected": None, "loss": True}]
         page = make(write_run(tmp_path / "run", log))
-        assert page.row("Last training loss") == ["not a number"]
-        assert page.row("Held-out reward of chosen") == ["not a number"]
-        assert page.row("Held-out reward of rejected") == ["minus infinite"]
+        assert page.row("Last training loss") == ["nan"]
+        assert page.row("Held-out reward of chosen") == ["+nan"]
+        assert page.row("Held-out reward of rejected") == ["-inf"]
         assert "not finite numbers, and so are not drawn: 4." in page.section("Rewards")
         assert "not finite numbers, and so are not drawn: 2." in page.section("Losses")
 
@@ -482,11 +481,11 @@ class TestHostile:
             pair("none", chosen_logp=None, rejected_logp=math.inf),
         ]
         page = make(write_run(tmp_path / "a", history(), rows=rows))
-        assert "not finite numbers, and so are not drawn: 1." in page.section("Held-out pairs by their log-ratios")
-        assert "not finite numbers, and so are not drawn: 2." in page.section("Held-out pairs, before and after")
-        assert "chosen not a number nats" in page.section("Pairs displaced most")
+        assert "2 of 3 pairs are drawn; 1 are not finite." in page.section("Held-out pairs by their log-ratios")
+        assert "1 of 3 pairs are drawn; 2 are not finite." in page.section("Held-out pairs, before and after")
+        assert "chosen +nan nats" in page.section("Pairs displaced most")
         worst = make(write_run(tmp_path / "b", history(), rows=rows[1:2]))
-        assert "not finite numbers, and so are not drawn: 1." in worst.section("Held-out pairs by their log-ratios")
+        assert "0 of 1 pairs are drawn; 1 are not finite." in worst.section("Held-out pairs by their log-ratios")
 
     def test_a_single_step_can_be_seen(self, tmp_path, make):
         page = make(write_run(tmp_path / "run", [{"step": 1} | metrics(0.0, 0.0)]))
@@ -518,52 +517,50 @@ class TestNames:
 
 
 class TestRefusals:
-    def test_no_run(self, make):
-        with pytest.raises(InputError, match="give the output folder of at least one"):
-            make()
-
     def test_a_run_given_twice(self, run, make):
-        with pytest.raises(InputError, match="is given twice; give each folder once"):
+        with pytest.raises(InputError, match="runs: duplicate"):
             make(run, f"{run}/../a-run")
 
     def test_what_is_no_folder(self, tmp_path, make):
-        with pytest.raises(InputError, match="nowhere is not a folder; give the output folder"):
+        with pytest.raises(InputError, match=r"runs: no readable trainer_state\.json in .*nowhere"):
             make(str(tmp_path / "nowhere"))
 
     def test_a_folder_without_a_log(self, tmp_path, make):
         (tmp_path / "empty" / "checkpoint-5").mkdir(parents=True)
-        with pytest.raises(InputError, match=r"empty has no trainer_state.json.*trainer\.save_state\(\)"):
+        with pytest.raises(
+            InputError, match=r"trainer_state.json in .*empty or its checkpoints.*trainer\.save_state\(\)"
+        ):
             make(str(tmp_path / "empty"))
 
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"log_history": 3}', "[" * 100_000, "\xff"])
     def test_a_damaged_log(self, content, run, make):
         (Path(run) / "trainer_state.json").write_text(content, encoding="latin-1")
-        with pytest.raises(InputError, match=r"trainer_state\.json is damaged"):
+        with pytest.raises(InputError, match=r"runs: no readable trainer_state\.json in"):
             make(run)
 
     @pytest.mark.parametrize("content", ["{", "[]", '{"settings": []}', '{"versions": "1"}'])
     def test_a_damaged_record(self, content, run, make):
         (Path(run) / "run.json").write_text(content)
-        with pytest.raises(InputError, match=r"run\.json is damaged; remove it"):
+        with pytest.raises(InputError, match=r"run\.json: damaged.*Remove it"):
             make(run)
 
     def test_a_damaged_evaluation(self, run, make):
         path = Path(run) / "evaluation.parquet"
         path.write_bytes(path.read_bytes()[:100])
-        with pytest.raises(InputError, match=r"evaluation.parquet cannot be read \(.*run `apo-trl evaluate` again"):
+        with pytest.raises(InputError, match=r"evaluation.parquet: cannot be read \(.*Run `apo-trl evaluate` again"):
             make(run)
 
     def test_an_evaluation_without_a_column(self, run, make):
         path = Path(run) / "evaluation.parquet"
         pq.write_table(pq.ParquetFile(path).read().drop_columns(["ref_chosen_logp", "prompt"]), path)
-        with pytest.raises(InputError, match="lacks prompt, ref_chosen_logp; run `apo-trl evaluate` again"):
+        with pytest.raises(InputError, match=r"cannot be read .*prompt.*Run `apo-trl evaluate` again"):
             make(run)
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"regime": "<b>better</b>"}, "as a regime, which is none; run `apo-trl evaluate` again"),
-            ({"chosen_logratio": "high"}, "cannot be read .*run `apo-trl evaluate` again"),
+            ({"regime": "<b>better</b>"}, r"unknown regimes, got \['<b>better</b>'\].*Run `apo-trl evaluate` again"),
+            ({"chosen_logratio": "high"}, "cannot be read .*Run `apo-trl evaluate` again"),
         ],
     )
     def test_an_evaluation_with_something_else_in_it(self, change, message, tmp_path, make):
@@ -573,12 +570,12 @@ class TestRefusals:
     def test_an_evaluation_without_pairs(self, run, make):
         path = Path(run) / "evaluation.parquet"
         pq.write_table(pq.ParquetFile(path).read().slice(0, 0), path)
-        with pytest.raises(InputError, match="has no pairs; run `apo-trl evaluate` again"):
+        with pytest.raises(InputError, match=r"no pairs or unknown regimes.*Run `apo-trl evaluate` again"):
             make(run)
 
     def test_an_output_that_cannot_be_written(self, run, tmp_path):
         (tmp_path / "report.html").mkdir()
-        with pytest.raises(InputError, match=r"report\.html cannot be written"):
+        with pytest.raises(InputError, match=r"report\.html: cannot be written"):
             report([run], str(tmp_path / "report.html"))
 
     def test_without_matplotlib(self, run, make, monkeypatch):
@@ -620,7 +617,7 @@ def test_a_folder_that_looks_like_a_column(tmp_path, make):
 
 
 def test_real_runs_of_this_trainer_and_of_plain_trl(train, model_dir, dataset, tmp_path, make):
-    """What the host logs, saves and `evaluate` writes is what is read here."""
+    """What the trainer logs, saves and `evaluate` writes is what is read here."""
     import trl
 
     from apo_trl.evaluation.evaluate import evaluate, write_rows
@@ -642,7 +639,7 @@ def test_real_runs_of_this_trainer_and_of_plain_trl(train, model_dir, dataset, t
     assert page.row("Steps") == ["4", "4"]
     assert page.row("Held-out reward of chosen")[1] == f"{last['eval_rewards/chosen']:+.3f}"
     assert page.row("Separated pairs")[0].endswith("of 8")
-    assert "plain The regimes were not logged" in page.section("Regimes")
+    assert "plain The regimes were logged for fewer than two steps" in page.section("Regimes")
     assert "Held-out pairs" in page.section("Regimes")
 
 

@@ -1,1 +1,1 @@
-"""The command `apo-trl`: one file per command."""
+"""The command `apo-trl`: arguments, a call, and what it prints."""

@@ -1,12 +1,57 @@
-"""Types of command-line options."""
+"""What all commands share: their parser, and the types of their options."""
 
 import argparse
+from typing import Any, NoReturn
 
-__all__ = ["positive_int"]
+from apo_trl.errors import nearest
+from apo_trl.pairs.config.settings import known_keys, unknown_key
+
+__all__ = ["Parser", "add_command", "judging_keys", "positive_int"]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser with errors of one line, which repeat no unknown argument: it may be an API key."""
+
+    keeps_rest = False  # unknown arguments, in the option `rest`
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help="show the whole error")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: D102
+        options, rest = super().parse_known_args(args, namespace)
+        if self.keeps_rest:
+            options.rest = rest
+        elif rest:
+            option, known = rest[0].split("=")[0], self._option_string_actions
+            if not option.startswith("--"):
+                self.error("one argument too many")
+            if "api_key" in option and "--judge_api_key_env" in known:
+                self.error(unknown_key(option[2:], known))
+            self.error(f"{option}: unknown option.{nearest(option, known)}")
+        return options, []
+
+    def error(self, message: str) -> NoReturn:  # noqa: D102
+        end = "" if message.endswith((".", "?")) else "."
+        self.exit(2, f"error: {message.removeprefix('argument ')}{end} See `{self.prog} --help`.\n")
+
+
+def add_command(commands: Any, name: str, run: Any, help: str, example: str = "", **settings: Any) -> Any:
+    """Add a command and return its parser; `run` gets the options by name, `example` ends the help."""
+    parser = commands.add_parser(name, help=help, **{"description": f"{help[0].upper()}{help[1:]}."} | settings)
+    parser.epilog = f"example:\n  {parser.prog} {example}".rstrip()
+    parser.set_defaults(run=run)
+    return parser
 
 
 def positive_int(text: str) -> int:
-    """Read a whole number from a command line: the `type` of an option that cannot be less than 1."""
+    """Read an integer >= 1 from a command line."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 1 or more")
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got '{text}'")
     return int(text)
+
+
+def judging_keys() -> set[str]:
+    """Return the keys of `apo-trl pairs` that `anchor` and `compare` have, too."""
+    roles = {key for key in known_keys() if key.startswith(("policy_", "judge_")) and not key.endswith("_model")}
+    return roles | {"seed", "concurrency", "max_requests", "max_cost", "max_failures"}

@@ -1,164 +1,115 @@
-"""The commands `apo-trl pairs ...`: parse, call, print."""
+"""The commands `apo-trl pairs ...`."""
 
-import argparse
-import json
+import json as jsonlib
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
-from apo_trl.cli.options import positive_int
+from apo_trl.cli.options import add_command, positive_int
 from apo_trl.pairs import check_installed
-from apo_trl.pairs.config.settings import Settings, add_arguments, parse, unknown_key
-
-__all__ = ["add", "run"]
+from apo_trl.pairs.config.settings import add_arguments, parse
 
 
 def add(commands: Any) -> None:
-    """Add `pairs` and what it can do."""
-    pairs = commands.add_parser("pairs", help="build preference pairs, and measure them")
-    actions = pairs.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=_Parser)
-    for name, text in (
-        ("build", "build the pairs of a recipe, or go on with them"),
-        ("export-batch", "write the requests that are due to batch files instead of sending them"),
-        ("import-batch", "take the answers of batch files; then `build` goes on from them"),
+    pairs = add_command(commands, "pairs", None, "build preference pairs, and measure them", "stats apo_trl/demo/pairs")
+    actions = pairs.add_subparsers(metavar="ACTION", required=True)
+    for name, run, files, help, example in (
+        ("build", build, "", "build the pairs of a recipe, or resume", " --max_prompts 4"),
+        ("export-batch", export_batch, "", "write the requests to batch files instead of sending them", ""),
+        ("import-batch", import_batch, "FILE ... ", "read the responses of batch files, for `build`", " output.jsonl"),
     ):
-        action = actions.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False,
-            usage=f"apo-trl pairs {name} RECIPE {'FILE ... ' if name == 'import-batch' else ''}[--key value ...]",
-        )  # fmt: skip
-        action.add_argument(
-            "recipe", metavar="RECIPE", help="a YAML file or the name of a recipe, as pairs/clair_local"
-        )
-        if name == "import-batch":
+        usage = f"%(prog)s RECIPE {files}[--key value ...]"
+        action = add_command(actions, name, run, help, f"pairs/clair_local{example}", usage=usage)
+        action.add_argument("recipe", metavar="RECIPE", help="a YAML file or the name of a recipe")
+        if files:
             action.add_argument("files", metavar="FILE", nargs="+", help="an output file of the batch")
         add_arguments(action)
-    stats = actions.add_parser("stats", help="say how contrastive the pairs of any preference dataset are")
-    stats.add_argument("dataset", metavar="FILE", help="a .jsonl, .json or .parquet file, a folder or a hub name")
-    stats.add_argument("--tokenizer", help="the training model's: measures tokens as training sees them")
-    stats.add_argument("--max_length", type=positive_int, help="measure again after truncation to it, as in training")
-    stats.add_argument("--eval_sets", nargs="+", metavar="FILE", default=[], help="look for their prompts among these")
-    stats.add_argument("--json", action="store_true", help="print all figures as JSON")
+    help = "measure how contrastive the pairs of a preference dataset are"
+    action = add_command(actions, "stats", stats, help, "apo_trl/demo/pairs --json")
+    action.add_argument("dataset", metavar="FILE", help="a .jsonl, .json or .parquet file, a folder or a hub name")
+    action.add_argument("--tokenizer", metavar="MODEL", help="measure in tokens of this model")
+    action.add_argument("--max_length", type=positive_int, metavar="N", help="measure after truncation too")
+    action.add_argument("--eval_sets", nargs="+", metavar="FILE", default=[], help="files to search for the prompts")
+    action.add_argument("--json", action="store_true", help="print all figures as JSON")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, and repeats no value: it might be a key."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, rest = super().parse_known_args(args, namespace)
-        if rest:
-            name = rest[0].split("=")[0]
-            if not name.startswith("--"):
-                self.error("there is one argument too many; RECIPE or FILE stands first, then --key value")
-            known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
-            self.error(unknown_key(name[2:], known))
-        return found, rest
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}{'' if message.endswith(('.', '?')) else '.'}\n")
-
-
-def run(options: argparse.Namespace) -> None:
-    """Do what the command line says."""
+def build(recipe: str, **keys: Any) -> None:
     check_installed()
-    if options.action == "stats":
-        _stats(options)
+    from apo_trl.pairs.build import build as build_pairs
+    from apo_trl.pairs.estimate import estimate, table
+    from apo_trl.pairs.llm.response_cache import open_read_only
+
+    settings = parse(recipe, keys)
+    if settings.dry_run:
+        with open_read_only(settings.folder) as cache:
+            print(table(estimate(settings, cache)))
+        print("Requests still to send. Lengths are the mean of cached responses, or max_tokens if there are none.")
         return
-    flags = {
-        key: value
-        for key, value in vars(options).items()
-        if key not in ("command", "action", "version", "recipe", "files")
-    }
-    settings = parse(options.recipe, flags, environment=options.action == "build")
-    if options.action == "build" and settings.dry_run:
-        _dry_run(settings)
-    elif options.action == "build":
-        _build(settings, options.recipe)
-    elif options.action == "export-batch":
-        _export(settings)
-    else:
-        _import(settings, options)
-
-
-def _build(settings: Settings, recipe: str) -> None:
-    from apo_trl.pairs.build import build
-
-    result = build(settings)
+    result = build_pairs(settings)
     report = result.report
-    print(
-        f"Kept {report['kept']:,} of {report['asked']:,}: pairs.jsonl, pairs.parquet and README.md in {result.folder}."
-    )
+    print(f"Kept {report['kept']:,} of {report['asked']:,}: pairs.jsonl, pairs.parquet, README.md in {result.folder}.")
     if report["dropped"]:
         print("Dropped: " + ", ".join(f"{count:,} {name}" for name, count in report["dropped"].items()) + ".")
     for role, used in report["roles"].items():
         cost = f", cost {used['cost']:.4g}" if used["cost"] else ""
-        print(
-            f"{role}: {used['requests']:,} requests in all runs, {used['prompt_tokens']:,} + "
-            f"{used['completion_tokens']:,} tokens{cost}."
-        )
+        tokens = f"{used['prompt_tokens']:,} + {used['completion_tokens']:,} tokens"
+        print(f"{role}: {used['requests']:,} requests in all runs, {tokens}{cost}.")
     if result.stopped:
-        print(f"Stopped early: {result.stopped} The same command again goes on.", file=sys.stderr)
+        print(f"Stopped early: {result.stopped} Run the same command again to resume.", file=sys.stderr)
     elif "not_answered" in report["dropped"]:
-        print("Some rows wait for the answers of a batch: `apo-trl pairs import-batch`, then again.", file=sys.stderr)
+        print("Some rows wait for a batch: `apo-trl pairs import-batch`, then the same command.", file=sys.stderr)
     elif not report["complete"]:
-        print("Some requests failed; the same command again asks for those only.", file=sys.stderr)
+        print("Some requests failed. Run the same command again to retry only those.", file=sys.stderr)
     else:
         print(f"Train on them: apo-trl train RECIPE --dataset_name {result.folder}")
     if result.broken or not report["kept"]:
         sys.exit(1)
 
 
-def _dry_run(settings: Settings) -> None:
-    from apo_trl.pairs.estimate import estimate, table
-    from apo_trl.pairs.llm.response_cache import open_read_only
-
-    with open_read_only(settings.folder) as store:
-        found = estimate(settings, store)
-    print(table(found))
-    print(
-        "Still to be asked. Answers are counted as long as those in the store, or as max_tokens where there are none."
-    )
-
-
-def _export(settings: Settings) -> None:
-    from apo_trl.pairs.batch import export_batch
+def export_batch(recipe: str, **keys: Any) -> None:
+    check_installed()
+    from apo_trl.pairs import batch
     from apo_trl.pairs.llm.response_cache import ResponseCache
 
-    with ResponseCache(settings.folder) as store:
-        written = export_batch(settings, store)
+    settings = parse(recipe, keys, environment=False)
+    with ResponseCache(settings.folder) as cache:
+        written = batch.export_batch(settings, cache)
     for path, count in written.items():
         print(f"{path}: {count:,} requests")
-    print(
-        "Run them, then `apo-trl pairs import-batch` with the output files, before anything is exported again."
-        if written else "Every request has its answer: `apo-trl pairs build` writes the dataset."
-    )  # fmt: skip
+    if written:
+        print("Run them, then `apo-trl pairs import-batch` with the output files, before the next export.")
+    else:
+        print("All responses are cached: `apo-trl pairs build` writes the dataset.")
 
 
-def _import(settings: Settings, options: argparse.Namespace) -> None:
-    from apo_trl.pairs.batch import import_batch
+def import_batch(recipe: str, files: list[str], **keys: Any) -> None:
+    check_installed()
+    from apo_trl.pairs import batch
     from apo_trl.pairs.llm.response_cache import ResponseCache
 
-    with ResponseCache(settings.folder) as store:
-        counts = import_batch(settings, store, options.files)
+    settings = parse(recipe, keys, environment=False)
+    with ResponseCache(settings.folder) as cache:
+        counts = batch.import_batch(settings, cache, files)
     print("Lines: " + (", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none") + ".")
-    print("Then: `apo-trl pairs export-batch` for what is due next, or `apo-trl pairs build`.")
+    print("Then: `apo-trl pairs export-batch` for the next requests, or `apo-trl pairs build`.")
 
 
-def _stats(options: argparse.Namespace) -> None:
+def stats(dataset: str, tokenizer: str | None, max_length: int | None, eval_sets: list[str], json: bool) -> None:
+    check_installed()
     from apo_trl.io.readers import read_pairs
-    from apo_trl.io.tokenization import load_tokenizer
+    from apo_trl.models.loading import load_tokenizer
     from apo_trl.pairs.statistics.overlap import EvalSets, prompt_text
     from apo_trl.pairs.statistics.statistics import Statistics
     from apo_trl.pairs.statistics.table import table
 
-    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
-    statistics = Statistics(tokenizer, options.max_length)
-    overlap = EvalSets(options.eval_sets)
-    for number, row in enumerate(read_pairs(options.dataset), start=1):
+    statistics = Statistics(load_tokenizer(tokenizer) if tokenizer else None, max_length)
+    overlap = EvalSets(eval_sets)
+    for number, row in enumerate(read_pairs(dataset), start=1):
         statistics.add(row)
         overlap.add(str(row.get("id", number)), prompt_text(row) or "")
-    summary = statistics.summary()
-    if options.json:
-        print(json.dumps({**summary, "overlap": overlap.summary()}, ensure_ascii=False, indent=2))
+    summary, matches = statistics.summary(), overlap.summary()
+    if json:
+        print(jsonlib.dumps({**summary, "overlap": matches}, ensure_ascii=False, indent=2))
         return
     print(table(summary))
-    for name, found in overlap.summary().items():
-        print(f"{name}: {found['matches']:,} prompts overlap with it ({', '.join(found['ids']) or 'none'}).")
+    for name, match in matches.items():
+        print(f"{name}: {match['matches']:,} overlapping prompts ({', '.join(match['ids']) or 'none'}).")

@@ -1,7 +1,6 @@
-"""`balance_tokens`: the order in which all batches of an optimizer step have nearly the same number of tokens.
+"""`balance_tokens`: an order of rows in which the batches of an optimizer step have nearly the same number of tokens.
 
-A training step lasts as long as its fullest process. Left out on purpose: moving pairs to another step, which would
-change its gradient.
+A training step lasts as long as its fullest process. Pairs never move to another step, so gradients stay the same.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,31 +13,39 @@ from numpy.typing import NDArray
 from torch.utils.data import RandomSampler, Sampler
 
 from apo_trl.config import balances_tokens
-from apo_trl.datasets.grouping import PromptGroupedSampler
 from apo_trl.io.rows import common_prefix_length
 
-__all__ = ["BalancedSampler", "assign_cells", "balance_sampler", "count_tokens", "forward_epochs"]
+__all__ = ["BalancedSampler", "EpochSampler", "assign_cells", "balance_sampler", "count_tokens", "forward_epochs"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-class BalancedSampler(Sampler[int]):
-    """Spread the rows of each optimizer step so that all its batches have nearly the same number of tokens.
+class EpochSampler(Sampler[int]):
+    """A sampler whose order depends on the epoch."""
 
-    Every step keeps the rows that `sampler` gives it, so its gradient stays the same; only the last step of an epoch
-    stays as it is if it is not full. With several processes, the first one stays too if the rows of an epoch do not
-    fill the batches of all processes: accelerate repeats the rows of the first batches there.
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch; called by accelerate."""
+        self.epoch = epoch
+
+
+class BalancedSampler(EpochSampler):
+    """Distribute the rows of each optimizer step over its batches by their number of tokens.
+
+    Every step keeps the rows of `sampler`. An incomplete last step keeps its order. So does the first step if the rows
+    do not fill the batches of all processes: accelerate repeats the rows of the first batches.
 
     Args:
-        sampler: The order of an epoch, which may have `set_epoch`.
+        sampler: The order of an epoch.
         tokens: Distinct tokens of each row, shape (rows,).
-        prompt_tokens: How many of these belong to the prompt, shape (rows,).
+        prompt_tokens: Prompt tokens among them, shape (rows,).
         batch_size: Rows of a batch in one process.
-        processes: Processes, which take batches in turn.
+        processes: Number of processes, which take batches in turn.
         accumulation: Batches of each process in one optimizer step.
-        groups: Number of each row's prompt, shape (rows,). Rows of one prompt that `sampler` puts in one batch stay
-            together, and their prompt counts once. By default, each row moves alone.
+        groups: Index of each row's prompt, shape (rows,). Rows of one prompt in one batch stay together, and their
+            prompt counts once. By default, each row moves alone.
     """
 
     def __init__(
@@ -63,7 +70,7 @@ class BalancedSampler(Sampler[int]):
         return len(self._tokens)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which decides the order; called by accelerate."""
+        """Set the epoch of the inner sampler."""
         if hasattr(self._sampler, "set_epoch"):
             self._sampler.set_epoch(epoch)
 
@@ -88,18 +95,11 @@ class BalancedSampler(Sampler[int]):
 
 
 def assign_cells(costs: Floats, sizes: Ints, cells: Ints) -> Ints:
-    """Compute the cell of each unit such that the fullest cell has as little cost as possible, nearly.
+    """Compute the cell of each unit, with nearly the smallest possible cost of the fullest cell.
 
-    The longest unit first, each goes to the emptiest cell that had a unit of its size. Then the fullest cell swaps
-    units of one size with others while that helps. Each cell keeps its number of units of each size.
-
-    Args:
-        costs: Cost of each unit, shape (units,).
-        sizes: Rows of each unit, shape (units,).
-        cells: Cell of each unit before, shape (units,).
-
-    Returns:
-        The new cell of each unit, shape (units,).
+    Longest units first, each goes to the emptiest cell that had a unit of its size. Then the fullest cell swaps units
+    of one size with other cells while that helps. Each cell keeps its number of units of each size. Costs, sizes (in
+    rows) and cells before and after have shape (units,).
     """
     room = np.zeros((sizes.max() + 1, cells.max() + 1))
     np.add.at(room, (sizes, cells), 1)
@@ -121,12 +121,12 @@ def assign_cells(costs: Floats, sizes: Ints, cells: Ints) -> Ints:
         loads[fullest] -= moved[one, other]
         loads[new[other]] += moved[one, other]
         new[inside[one]], new[other] = new[other], fullest
-    # Units of many sizes may happen to lie better than this finds.
+    # With units of many sizes, the order before may be the better one.
     return new if loads.max() < np.bincount(cells, costs).max() else cells
 
 
 def _arrange(loads: Floats, processes: int) -> Ints:
-    """Compute the place of each cell in its step: alike cells in one micro-step, alike sums in all processes."""
+    """Compute the place of each cell, with similar cells in one micro-step and similar sums in all processes."""
     place, sums = np.empty(len(loads), dtype=np.int64), np.zeros(processes)
     for start, cells in enumerate(np.argsort(-loads, kind="stable").reshape(-1, processes)):
         ranks = np.argsort(sums, kind="stable")  # the emptiest so far takes the fullest cell
@@ -136,7 +136,7 @@ def _arrange(loads: Floats, processes: int) -> Ints:
 
 
 def count_tokens(row: Mapping[str, Any], *, max_length: int | None, keep_end: bool) -> dict[str, int]:
-    """Count the distinct tokens of a pair after truncation, as TRL's collator truncates, and those of its prompt."""
+    """Count the distinct tokens of a pair after the truncation of TRL's collator, and those of its prompt."""
     prompt, cut = row["prompt_ids"], slice(None, max_length)
     if keep_end and max_length is not None:
         cut = slice(-max_length, None)
@@ -145,27 +145,21 @@ def count_tokens(row: Mapping[str, Any], *, max_length: int | None, keep_end: bo
     return {"tokens": len(chosen) + len(rejected) - shared, "prompt_tokens": min(shared, len(prompt))}
 
 
-def balance_sampler(sampler: Any, dataset: Any, args: Any, batch_size: int) -> Any:
+def balance_sampler(sampler: Any, dataset: Any, args: Any, batch_size: int, groups: Ints | None = None) -> Any:
     """Return `sampler` with each optimizer step balanced, or `sampler` itself if the settings rule that out.
 
-    Args:
-        sampler: The sampler of the trainer.
-        dataset: The tokenized `datasets.Dataset`.
-        args: The `DPOConfig` of the trainer.
-        batch_size: Rows of a batch in one process.
+    `batch_size` is that of one process, and `groups` the index of each row's prompt if the sampler groups by prompt.
     """
-    loader, groups = args.accelerator_config, None
+    loader = args.accelerator_config
     if not balances_tokens(args) or args.world_size * args.gradient_accumulation_steps == 1 or loader.split_batches:
         return sampler
     if "prompt_ids" not in dataset.column_names:  # images: tokenized only in the collator
         return sampler
-    if isinstance(sampler, PromptGroupedSampler):
-        groups = sampler.group_of
-    elif isinstance(sampler, RandomSampler) and loader.use_seedable_sampler:
+    if groups is None:
+        if not isinstance(sampler, RandomSampler) or not loader.use_seedable_sampler:
+            return sampler
         # accelerate replaces a RandomSampler with this one, but not a RandomSampler inside of another sampler.
         sampler = SeedableRandomSampler(sampler.data_source, data_seed=args.data_seed)
-    else:
-        return sampler
     with args.main_process_first(desc="counting tokens"):
         counts = dataset.map(
             count_tokens,
@@ -186,13 +180,12 @@ def balance_sampler(sampler: Any, dataset: Any, args: Any, batch_size: int) -> A
 
 
 def forward_epochs(loader: Any) -> Any:
-    """Return the loader, with its epoch forwarded to our sampler also when a run resumes in the middle of one.
+    """Return the loader, with its epoch forwarded to our sampler if several processes resume in the middle of one.
 
-    With several processes, `skip_first_batches` hides a sampler from `set_epoch`, unless it is an attribute of the
-    shard. accelerate sets this attribute for its own sampler only.
+    `skip_first_batches` hides a sampler from `set_epoch` unless it is an attribute of the shard, as accelerate's is.
     """
     shard = loader.batch_sampler
     sampler = getattr(getattr(shard, "batch_sampler", None), "sampler", None)
-    if isinstance(sampler, (BalancedSampler, PromptGroupedSampler)):
+    if isinstance(sampler, EpochSampler):
         shard.sampler = sampler
     return loader

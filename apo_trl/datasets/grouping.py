@@ -1,8 +1,4 @@
-"""`group_by_prompt`: the order in which pairs of one prompt meet in one batch, so that their prompt is computed once.
-
-Left out on purpose: another batch. Every batch is as large as before and every row comes once an epoch; only who meets
-whom changes.
-"""
+"""`group_by_prompt`: an order of rows with the pairs of one prompt in one batch, so that it is computed once."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
@@ -10,21 +6,22 @@ from collections.abc import Hashable, Iterable, Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Sampler
+
+from apo_trl.datasets.balancing import EpochSampler
 
 __all__ = ["PromptGroupedSampler"]
 
 
-class PromptGroupedSampler(Sampler[int]):
-    """Shuffles the rows of a dataset so that those of one prompt are in one batch, as far as batches have room.
+class PromptGroupedSampler(EpochSampler):
+    """Shuffle the rows of a dataset with those of one prompt in one batch, as far as batches have room.
 
-    Batches are the runs of `batch_size` rows from the start, which processes take in turn; only the last one of an
-    epoch may be shorter. A prompt is split where it has more rows than a batch, and where nothing else would fill one.
+    Only the last batch of an epoch may be shorter. The rows of a prompt are split if they exceed a batch, or if nothing
+    else fills one.
 
     Args:
-        prompts: What rows are grouped by, one for each row.
+        prompts: The key by which rows are grouped, one per row.
         batch_size: Rows of a batch in one process.
-        seed: Of the shuffling, together with the epoch; the same in all processes.
+        seed: Seed of the shuffling, together with the epoch; the same in all processes.
     """
 
     def __init__(self, prompts: Iterable[Hashable], batch_size: int, seed: int) -> None:
@@ -32,7 +29,7 @@ class PromptGroupedSampler(Sampler[int]):
         for row, prompt in enumerate(prompts):
             rows[prompt].append(row)
         self._groups = list(rows.values())
-        self._batch_size, self._seed, self._epoch = batch_size, seed, 0
+        self._batch_size, self._seed = batch_size, seed
 
     def __len__(self) -> int:
         return sum(map(len, self._groups))
@@ -45,12 +42,8 @@ class PromptGroupedSampler(Sampler[int]):
             numbers[rows] = number
         return numbers
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which decides the order; called by accelerate."""
-        self._epoch = epoch
-
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        generator = torch.Generator().manual_seed(self._seed + self.epoch)
 
         def shuffled(count: int) -> list[int]:
             order: list[int] = torch.randperm(count, generator=generator).tolist()
@@ -59,9 +52,10 @@ class PromptGroupedSampler(Sampler[int]):
         size = self._batch_size
         blocks = defaultdict[int, list[list[int]]](list)  # by their number of rows
         for number in shuffled(len(self._groups)):
-            group = [self._groups[number][at] for at in shuffled(len(self._groups[number]))]
-            for at in range(0, len(group), size):
-                blocks[len(group[at : at + size])].append(group[at : at + size])
+            group = [self._groups[number][index] for index in shuffled(len(self._groups[number]))]
+            for start in range(0, len(group), size):
+                block = group[start : start + size]
+                blocks[len(block)].append(block)
         batches = []
         while any(blocks.values()):
             batches.append(_fill(blocks, size))
@@ -73,7 +67,7 @@ class PromptGroupedSampler(Sampler[int]):
 
 
 def _fill(blocks: dict[int, list[list[int]]], size: int) -> list[int]:
-    """Take blocks for one batch: the largest that fit, and of what fits nowhere a part of the smallest."""
+    """Remove blocks for one batch: the largest that fit, and at last a part of the smallest that does not."""
     batch: list[int] = []
     while (room := size - len(batch)) and any(blocks.values()):
         fitting = [length for length in range(room, 0, -1) if blocks[length]]

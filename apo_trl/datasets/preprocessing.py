@@ -1,7 +1,4 @@
-"""Datasets on their way into training: checked before all else, screened once they are tokens, carried to the batch.
-
-`inputs.py` has the rules for one row; here they meet `datasets.Dataset` and `datasets.IterableDataset`.
-"""
+"""Preference datasets before training: check every row, drop degenerate pairs, carry `chosen_wins` into the batch."""
 
 import functools
 import inspect
@@ -18,153 +15,119 @@ from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Value
 
 from apo_trl.errors import InputError, nearest
-from apo_trl.io import rows as inputs
+from apo_trl.io import rows as row_rules
 from apo_trl.io.rows import degenerate_reason, validate_row
 
-__all__ = [
-    "CollatorWithWins",
-    "StreamFilter",
-    "check_dataset",
-    "check_streamed_row",
-    "filter_degenerate_pairs",
-    "filter_vision_pairs",
-    "named_datasets",
-]
+__all__ = ["CollatorWithWins", "check_dataset", "filter_degenerate_pairs", "filter_vision_pairs", "named_datasets"]
 
 logger = get_logger(__name__)
 
+_BATCH_SIZE = 1000  # rows; fewer are not worth a second process
 
-def named_datasets(given: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Give every dataset that was passed as one argument, with what messages call it."""
-    if isinstance(given, dict):
-        for key, dataset in given.items():
+
+def named_datasets(argument: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield every dataset of one argument of the trainer, with its name in messages."""
+    if isinstance(argument, dict):
+        for key, dataset in argument.items():
             yield f"{name} '{key}'", dataset
-    elif isinstance(given, (Dataset, IterableDataset)):
-        yield name, given
+    elif isinstance(argument, (Dataset, IterableDataset)):
+        yield name, argument
 
 
 def check_dataset(dataset: Any, name: str, needs_wins: bool, args: Any = None) -> None:
-    """Raise InputError for the first bad row of a dataset, or for a bad first row of a stream.
+    """Raise InputError for a missing column or the first invalid row of a dataset, or for the first row of a stream.
 
-    Args:
-        dataset: A dataset or a stream; anything else is left to TRL.
-        name: What the message calls it ("train", "eval").
-        needs_wins: Whether the loss reads the column `chosen_wins`.
-        args: The training arguments, with which every process calls it, or None.
+    `name` is that in messages, `needs_wins` whether the loss reads the column `chosen_wins`, and `args` the training
+    arguments if all processes call this. Other kinds of datasets are left to TRL.
     """
     if isinstance(dataset, IterableDataset):
+        from apo_trl.datasets.streams import check_streamed_row
+
         check_streamed_row(next(iter(dataset)), 0, name=name, needs_wins=needs_wins)
     if not isinstance(dataset, Dataset):
         return
     columns = list(dataset.column_names)
-    needed = ["chosen", "rejected", *(["chosen_wins"] if needs_wins else [])]
-    for column in needed:
+    required = ["chosen", "rejected", *(["chosen_wins"] if needs_wins else [])]
+    for column in required:
         if column not in columns:
-            why = ", which the loss 'apo_blend' needs" if column == "chosen_wins" else ""
+            why = ", required by the loss 'apo_blend'" if column == "chosen_wins" else ""
             raise InputError(
                 f"The {name} dataset has no column '{column}'{why}; its columns are {columns}."
                 f"{nearest(column, columns)} Add it, or rename one with `dataset.rename_column`."
             )
     if len(dataset) == 0:
-        raise InputError(f"The {name} dataset has no rows; give it at least one pair.")
-    fault = functools.partial(validate_row, needs_wins=needs_wins)
-    faults = _reasons(dataset, ["prompt", *needed], fault, f"Checking {name} dataset", args)
-    if faults.null_count < len(faults):
-        number = pc.index(pc.is_valid(faults), True).as_py()
-        raise InputError(f"Row {number} of the {name} dataset {faults[number]}.")
+        raise InputError(f"The {name} dataset has no rows. Use one with at least one pair.")
+    validate = functools.partial(validate_row, needs_wins=needs_wins)
+    problems = _reasons(dataset, ["prompt", *required], validate, f"Checking {name} dataset", args)
+    if problems.null_count < len(problems):
+        number = pc.index(pc.is_valid(problems), True).as_py()
+        raise InputError(f"Row {number} of the {name} dataset {problems[number]}.")
 
 
 def _reasons(dataset: Dataset, columns: list[str], reason: Callable[..., str | None], desc: str, args: Any) -> Any:
-    """Return a reason or null for each row, an Arrow column.
+    """Return a reason or null for each row, as an Arrow column.
 
-    The main process of a machine computes it and the others read it from the cache of `map`, as does the next run.
-    Rows that were never in a file have no cache: there each process computes it.
+    The main process of a machine computes it; the others, and the next run, read it from the cache of `map`. A dataset
+    in memory has no cache, so each process computes it.
     """
     rows = dataset.select_columns([column for column in columns if column in dataset.column_names])
     with nullcontext() if args is None else args.main_process_first(desc=desc):
-        found = rows.map(
-            _with_reasons,
+        reasons = rows.map(
+            _add_reasons,
             batched=True,
-            batch_size=_BATCH,
-            # `datasets` hashes a function of a package by its name alone, so that changed rules would not be noticed.
-            fn_kwargs={"reason": reason, "rules": inspect.getsource(inputs)},
+            batch_size=_BATCH_SIZE,
+            # `datasets` hashes a function of a package by its name alone, and would not notice changed rules.
+            fn_kwargs={"reason": reason, "rules": inspect.getsource(row_rules)},
             features=Features({"reason": Value("string")}),
             remove_columns=rows.column_names,
-            num_proc=None if args is None or len(rows) <= _BATCH else args.dataset_num_proc,
+            num_proc=None if args is None or len(rows) <= _BATCH_SIZE else args.dataset_num_proc,
             desc=desc,
         )
-    return found.data["reason"] if len(rows) else pa.nulls(0)  # `map` returns an empty dataset as it is
+    return reasons.data["reason"] if len(rows) else pa.nulls(0)  # `map` returns an empty dataset as it is
 
 
-_BATCH = 1000  # rows; fewer are not worth a second process
-
-
-def _with_reasons(batch: Mapping[str, Any], reason: Callable[..., str | None], rules: str) -> dict[str, Any]:
+def _add_reasons(batch: Mapping[str, Any], reason: Callable[..., str | None], rules: str) -> dict[str, Any]:
     rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
     return {"reason": [reason(row) for row in rows]}
-
-
-def check_streamed_row(row: dict[str, Any], number: int, *, name: str, needs_wins: bool) -> dict[str, Any]:
-    """Give the row back, or raise InputError for it: the check that a stream is mapped with."""
-    if fault := validate_row(row, needs_wins=needs_wins):
-        raise InputError(f"Row {number} of the {name} stream {fault}.")
-    return row
 
 
 def filter_degenerate_pairs(
     dataset: Dataset, reason: Callable[..., str | None], name: str, dropped: Counter[str], args: Any = None
 ) -> Dataset:
-    """Leave out the pairs for which there is a reason, and say in one warning how many were dropped and why."""
-    before = len(dataset) + dropped.total()
+    """Drop the pairs that have a reason, and count them in one warning, with those that were `dropped` before.
+
+    `name` and `args` are those of `check_dataset`. Raises InputError if no pair is left.
+    """
+    total = len(dataset) + dropped.total()
     columns = ["prompt_ids", "chosen_ids", "rejected_ids", "chosen", "rejected"]
-    reasons = _reasons(dataset, columns, reason, f"Looking for useless pairs in {name} dataset", args)
+    reasons = _reasons(dataset, columns, reason, f"Looking for degenerate pairs in {name} dataset", args)
     dropped.update(reasons.drop_null().to_pylist())
     if not dropped.total():
         return dataset
-    counts = ", ".join(f"{count} where {why}" for why, count in dropped.most_common() if count)
-    if dropped.total() == before:
+    counts = ", ".join(f"{count} because {why}" for why, count in dropped.most_common() if count)
+    if dropped.total() == total:
         raise InputError(
-            f"No pair of the {name} dataset can teach anything: {counts}. Look at the data, or raise max_length."
+            f"All pairs of the {name} dataset are degenerate: {counts}. Check the data, or raise max_length."
         )
     logger.warning(
-        f"Left out {dropped.total()} of {before} pairs of the {name} dataset: {counts}. Set keep_degenerate_pairs=True "
+        f"Dropped {dropped.total()} of {total} pairs of the {name} dataset: {counts}. Set keep_degenerate_pairs=True "
         "in APOConfig to keep those that fit into max_length."
     )
     return dataset.select(pc.indices_nonzero(pc.is_null(reasons)).to_pylist())
 
 
-def filter_vision_pairs(given: Any, name: str, args: Any = None) -> Any:
-    """Screen vision datasets by their texts alone; the host prepares them only in the collator."""
-    if isinstance(given, dict):
-        return {key: filter_vision_pairs(dataset, f"{name} '{key}'", args) for key, dataset in given.items()}
-    if isinstance(given, Dataset) and {"image", "images"}.intersection(given.column_names):
-        return filter_degenerate_pairs(given, degenerate_reason, name, Counter(), args)
-    return given
-
-
-@dataclass
-class StreamFilter:
-    """Keep the rows of a stream that can teach something; say so once when one cannot."""
-
-    reason: Callable[[dict[str, Any]], str | None]
-    name: str
-    warned: bool = False
-
-    def __call__(self, row: dict[str, Any]) -> bool:
-        """Say whether the row stays."""
-        reason = self.reason(row)
-        if reason and not self.warned:
-            self.warned = True
-            logger.warning(
-                f"The {self.name} stream has pairs that can teach nothing (first: {reason}); they are left out as they "
-                "arrive. Set keep_degenerate_pairs=True in APOConfig to keep them."
-            )
-        return reason is None
+def filter_vision_pairs(argument: Any, name: str, args: Any = None) -> Any:
+    """Drop degenerate pairs of vision datasets by their texts; TRL tokenizes these only in the collator."""
+    if isinstance(argument, dict):
+        return {key: filter_vision_pairs(dataset, f"{name} '{key}'", args) for key, dataset in argument.items()}
+    if isinstance(argument, Dataset) and {"image", "images"}.intersection(argument.column_names):
+        return filter_degenerate_pairs(argument, degenerate_reason, name, Counter(), args)
+    return argument
 
 
 @dataclass
 class CollatorWithWins:
-    """A collator that carries the column `chosen_wins` around another one."""
+    """A collator that adds the column `chosen_wins` to the batch of another collator."""
 
     collator: Callable[[list[dict[str, Any]]], Any]
 

@@ -1,1 +1,1 @@
-"""What training did, and which loss fits: evaluate, anchor, compare and report."""
+"""Suggest a loss before training, and score the result: anchor, evaluate, compare and report."""

@@ -1,14 +1,15 @@
-"""How sure a share or a mean is: textbook formulas, for which scipy would be a large thing to install."""
+"""Confidence intervals of shares and means: textbook formulas, without scipy."""
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
 __all__ = ["Interval", "mean_interval", "probability_between", "wilson"]
 
-_Z = 1.959963984540054  # of a normal distribution, 95 % lie within so many standard deviations
+_Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie within this many standard deviations
 
 
 class Interval(NamedTuple):
@@ -20,12 +21,7 @@ class Interval(NamedTuple):
 
 
 def wilson(successes: float, total: int) -> Interval:
-    """Give a share with Wilson's score interval, which is never empty and never leaves [0, 1].
-
-    Known values: 0 of 10 gives 0 to 0.278, 5 of 10 gives 0.237 to 0.763. Raises ValueError without any trial.
-    """
-    if total < 1:
-        raise ValueError("A share needs at least one trial.")
+    """Compute a share with Wilson's score interval: 0 of 10 gives 0 to 0.278, 5 of 10 gives 0.237 to 0.763."""
     share, squared = successes / total, _Z**2 / total
     centre = (share + squared / 2) / (1 + squared)
     reach = math.sqrt(share * (1 - share) * squared + squared**2 / 4) / (1 + squared)
@@ -33,21 +29,16 @@ def wilson(successes: float, total: int) -> Interval:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Give a mean with the normal approximation of its interval; of a single value nothing is known but itself."""
+    """Compute a mean with the normal approximation of its interval, which is infinite for a single value."""
     numbers = np.asarray(values, dtype=float)
     mean = float(numbers.mean())
-    if len(numbers) < 2:
-        return Interval(mean, -math.inf, math.inf)
-    reach = _Z * float(numbers.std(ddof=1)) / math.sqrt(len(numbers))
+    reach = _Z * float(numbers.std(ddof=1)) / math.sqrt(len(numbers)) if len(numbers) > 1 else math.inf
     return Interval(mean, mean - reach, mean + reach)
 
 
 def probability_between(successes: int, failures: int, low: float, high: float) -> float:
-    """Give the probability that a share lies in [low, high] after so many trials.
-
-    Of Jeffreys' posterior, Beta(successes + 1/2, failures + 1/2): every share is possible before the first trial.
-    """
-    # Substituting sin^2 of an angle for the share takes the posterior's poles at 0 and 1 away.
+    """Compute the probability that a share is in [low, high], by Jeffreys' Beta(successes + 1/2, failures + 1/2)."""
+    # Substituting sin^2 of an angle for the share removes the posterior's poles at 0 and 1.
     edges = np.arcsin(np.sqrt([low, high]))
     angles = (np.arange(100_000) + 0.5) * (np.pi / 2 / 100_000)
     logs = 2 * (successes * np.log(np.sin(angles)) + failures * np.log(np.cos(angles)))

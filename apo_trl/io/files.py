@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes."""
 
 import json
 import os
@@ -14,9 +14,10 @@ __all__ = ["atomic_write", "write_json"]
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a name beside a file's place, and put there what was written under it, or leave the old one.
+    """Yield a temporary path beside `path`, and rename it to `path` at the end; on an error, `path` stays as it was.
 
-    Raises InputError where the disk does not take it.
+    Raises:
+        InputError: The disk is full, or the folder cannot be written.
     """
     beside = path.with_name(path.name + ".part")
     try:
@@ -24,13 +25,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield beside
         os.replace(beside, path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}); what was there is safe.") from error
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}). Free space or change the path."
+        ) from error
     finally:
         with suppress(OSError):  # a parent that is a file
             beside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a report as indented JSON; half of a surrogate pair, which UTF-8 cannot hold, becomes "?"."""
+    """Write a value as indented JSON; half of a surrogate pair, which UTF-8 cannot encode, becomes "?"."""
     with atomic_write(path) as beside:
         beside.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", errors="replace")

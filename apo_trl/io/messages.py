@@ -8,7 +8,7 @@ __all__ = ["completion_text", "content_text", "replace_surrogates"]
 
 
 def content_text(content: Any) -> str | None:
-    """Give the text of a message's content, which may be a list of text parts; None where it holds anything else."""
+    """Return the text of a message's content, which may be a list of text parts, or None for any other content."""
     if isinstance(content, list) and all(
         isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
         for part in content
@@ -18,26 +18,23 @@ def content_text(content: Any) -> str | None:
 
 
 def completion_text(side: Any) -> str:
-    """Give what a side of a pair says, to read or compare: of several messages, each after its role.
-
-    Tool calls are given as JSON after the text of their message.
-    """
+    """Return a side of a pair as text: several messages each after its role, tool calls as JSON."""
     if isinstance(side, str):
         return side
-    said = []
+    texts = []
     for message in side:
         content, calls = message.get("content") or "", message.get("tool_calls")
         if not isinstance(content, str):  # parts, of which some may be no text
             content = "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
         parts = [replace_surrogates(content), json.dumps(calls, ensure_ascii=False, default=str) if calls else ""]
-        said.append("\n".join(filter(None, parts)))
-    if len(said) == 1:
-        return said[0]
-    return "\n\n".join(f"{message.get('role')}: {text}" for message, text in zip(side, said, strict=True))
+        texts.append("\n".join(filter(None, parts)))
+    if len(texts) == 1:
+        return texts[0]
+    return "\n\n".join(f"{message.get('role')}: {text}" for message, text in zip(side, texts, strict=True))
 
 
 def replace_surrogates(text: str) -> str:
-    """Give a text that UTF-8 can hold: half of a surrogate pair, which JSON can carry, becomes U+FFFD."""
+    """Return a text that UTF-8 can encode: half of a surrogate pair, which JSON can hold, becomes U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -9,20 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from apo_trl.errors import InputError
+from apo_trl.errors import InputError, one_line
 from apo_trl.io.resources import packaged
 from apo_trl.io.rows import normalise_row, validate_row
 
-__all__ = [
-    "file_builder",
-    "is_local",
-    "load_dataset",
-    "load_dataset_splits",
-    "loading_errors",
-    "open_text",
-    "read_pairs",
-    "read_rows",
-]
+__all__ = ["file_builder", "is_local", "load_dataset", "load_dataset_splits", "loading_errors", "open_text"]
+__all__ += ["read_pairs", "read_rows"]
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
@@ -42,38 +34,34 @@ def open_text(path: str | Path, errors: str = "strict") -> Any:
 
 
 def read_pairs(path: str, split: str = "train") -> Iterator[dict[str, Any]]:
-    """Give the rows of a preference dataset one at a time, each with a `prompt` of the kind of its answers.
-
-    `path` is as for `read_rows`. Where rows have no prompt, it is the shared start of both answers, as TRL finds it.
-    Raises InputError for a row that is no pair.
-    """
+    """Yield the rows of a preference dataset in their normal form, or raise InputError for an invalid one, or none."""
     number = 0
     for number, row in enumerate(read_rows(path, split), start=1):
-        if fault := validate_row(row):
-            raise InputError(f"Row {number} (counted from 1) of {path} {fault}.")
+        if problem := validate_row(row):
+            raise InputError(f"Row {number} (counted from 1) of {path} {problem}.")
         yield normalise_row(row)
     if not number:
-        raise InputError(f"{path} has no rows; give it at least one pair.")
+        raise InputError(f"{path}: no rows. Use a dataset with at least one pair.")
 
 
 def read_rows(path: str, split: str = "train") -> Iterator[dict[str, Any]]:
-    """Give the rows of a .jsonl, .json or .parquet file, also compressed, or of a folder or hub name, one at a time.
+    """Yield the rows of a .jsonl, .json or .parquet file, also compressed, or of a split of a folder or hub name.
 
-    The last two are opened by `datasets`, with `split`. Raises InputError where nothing can be read.
+    Raises InputError if the dataset cannot be read, or a row is not an object.
     """
     builder = file_builder(path)
     if builder and not Path(path).exists():
-        raise InputError(f"There is no file {path}.")
-    rows = _rows_of_file(path, builder) if builder else _stream(path, split)
+        raise InputError(f"{path}: file not found. Check the path.")
     try:
+        rows = _rows_of_file(path, builder) if builder else load_dataset(path, split=split, streaming=True)
         for number, row in enumerate(rows, start=1):
             if not isinstance(row, Mapping):
-                raise InputError(f"Row {number} (counted from 1) of {path} is no object with fields.")
+                raise InputError(f"Row {number} (counted from 1) of {path} is not a JSON object. Correct or remove it.")
             yield dict(row)
     except InputError:
         raise
-    except (OSError, EOFError, ValueError) as error:  # also no JSON, no such dataset, no network
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    except (OSError, EOFError, ValueError) as error:  # also invalid JSON, a missing dataset, no network
+        raise InputError(f"{path}: cannot be read: {one_line(error)}.") from error
 
 
 def _rows_of_file(path: str, builder: str) -> Iterator[Any]:
@@ -97,11 +85,11 @@ def _rows_of_file(path: str, builder: str) -> Iterator[Any]:
                 try:
                     yield json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise InputError(f"Line {number} of {path} is not JSON: {error}.") from error
+                    raise InputError(f"Line {number} of {path} is not JSON: {error}. Correct or remove it.") from error
 
 
 def _elements(file: Any, text: str) -> Iterator[Any]:
-    """Give the elements of a JSON array one at a time; `text` is what was read of it after its bracket."""
+    """Yield the elements of a JSON array; `text` is what was read after its bracket."""
     decoder = json.JSONDecoder()
     while True:
         text = text.lstrip(" \t\r\n,")
@@ -109,7 +97,7 @@ def _elements(file: Any, text: str) -> Iterator[Any]:
             return
         try:
             element, end = decoder.raw_decode(text)
-        except json.JSONDecodeError:  # mostly because it goes on after what was read
+        except json.JSONDecodeError:  # mostly because the element continues after what was read
             more = file.read(max(1 << 16, len(text)))
             if not more:
                 raise
@@ -119,15 +107,10 @@ def _elements(file: Any, text: str) -> Iterator[Any]:
             text = text[end:]
 
 
-def _stream(path: str, split: str) -> Iterator[Any]:
-    yield from load_dataset(path, split=split, streaming=True)
-
-
 def _folder_files(path: str, name: str | None = None) -> tuple[str, dict[str, list[str]] | None]:
-    """Give the builder of `datasets` for a folder, and the files of each split as the folder's card names them.
+    """Return the builder of `datasets` for a folder of JSON or Parquet, and the files of each split by its card.
 
-    To be loaded by these: under the folder's name `datasets` (5.2.0) keeps what it once made of a folder with a card,
-    and gives that again when its files have been written anew. What is neither JSON nor Parquet stays the folder.
+    Under the folder's name, `datasets` (5.2.0) returns its cache of a folder with a card even if files have changed.
     """
     import datasets
 
@@ -138,12 +121,12 @@ def _folder_files(path: str, name: str | None = None) -> tuple[str, dict[str, li
 
 
 def is_local(path: str) -> bool:
-    """Say whether a dataset's name is a file or folder here."""
+    """Return whether a dataset's name is a local file or folder."""
     return Path(path).exists() or packaged(path) is not None
 
 
 def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
-    """Load as `datasets.load_dataset`; `path` may also be a `.jsonl`, `.json` or `.parquet` file, also compressed."""
+    """Load like `datasets.load_dataset`; `path` may also be a .jsonl, .json or .parquet file, compressed or not."""
     from datasets.load import load_dataset  # `apo_trl.run` puts ours in the place of `datasets.load_dataset`
 
     path = str(packaged(path) or path)
@@ -161,25 +144,25 @@ def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
 def load_dataset_splits(
     name: str, *, config: str | None = None, streaming: bool = False, field: str = "dataset_name"
 ) -> Any:
-    """Load a dataset by name, a file or a folder among them, as a dictionary of splits; `field` is what named it."""
+    """Load a file, a folder or a hub name as a dictionary of splits; `field` is the setting that named it."""
     if file_builder(name) and not is_local(name):
-        raise InputError(f"{field}: there is no file {name}.")
+        raise InputError(f"{field}: file {name} not found. Check the path.")
     with loading_errors(name):
         return load_dataset(name, name=config, streaming=streaming)
 
 
 @contextlib.contextmanager
 def loading_errors(name: str) -> Iterator[None]:
-    """Say in one sentence whatever a loader of `datasets` raises."""
+    """Turn what a loader of `datasets` raises into an InputError that names the dataset."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # a builder of `datasets` may raise anything of its file format
         fault = _first_bad_line(Path(name)) if Path(name).is_file() else None
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
         reason = fault or f"{type(root).__name__}: {root}".rstrip(": ")
-        raise InputError(f"The dataset '{name}' cannot be loaded: {reason}.") from error
+        raise InputError(f"dataset '{name}': cannot be loaded: {reason}. Check the name or the file.") from error
 
 
 def _first_bad_line(path: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Texts as tokens: words of any script, and pairs as the training's tokenizer sees them."""
+"""Tokens of a pair, as training computes them."""
 
 import json
 from collections.abc import Mapping
@@ -7,25 +7,17 @@ from typing import Any
 from apo_trl.errors import InputError
 from apo_trl.io.rows import common_prefix_length, normalise_row
 
-__all__ = ["encode_pair", "load_tokenizer"]
-
-
-def load_tokenizer(name_or_path: str) -> Any:
-    """Load the tokenizer of the model that will be trained; transformers may import torch for it."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        why = " ".join(str(error).split())[:300]
-        raise InputError(f"The tokenizer {name_or_path} cannot be loaded: {why}") from error
+__all__ = ["encode_pair"]
 
 
 def encode_pair(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[int], list[int]]:
-    """Give the tokens of prompt, chosen and rejected as `DPOTrainer` of TRL 1.16 makes them of a row.
+    """Compute the tokens of prompt, chosen and rejected as `DPOTrainer` of TRL 1.16 does.
 
-    The answers hold what the chat template puts after them, or the end token where the row is text. They start where
-    the prompt with its answers first differs from the prompt alone. Raises InputError where the template fails.
+    The answers end with what the chat template appends, or with the end token if the row holds strings. They start at
+    the first difference between the prompt with its answers and the prompt alone.
+
+    Raises:
+        InputError: The chat template cannot render the row.
     """
     row = normalise_row(row)
     prompt, sides = row["prompt"], [row["chosen"], row["rejected"]]

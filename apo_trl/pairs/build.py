@@ -1,16 +1,18 @@
-"""One run of a recipe: every row through its method, many at a time, each ending as a pair or under a reason's name."""
+"""Run a recipe: every row goes through its method, many at a time, and ends as a pair or under a reason."""
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from apo_trl.errors import InputError
 from apo_trl.pairs.config.settings import Settings
+from apo_trl.pairs.judging import Notes
 from apo_trl.pairs.llm.requests import Dropped, Requester, Send, Stopped
 from apo_trl.pairs.llm.response_cache import ResponseCache
 from apo_trl.pairs.llm.servers import Servers
-from apo_trl.pairs.methods import Pair, make_pair
+from apo_trl.pairs.methods import make_pair
 from apo_trl.pairs.output.writer import Result, write
 from apo_trl.pairs.progress import Progress
 from apo_trl.pairs.prompts import PromptSource, Record
@@ -18,110 +20,79 @@ from apo_trl.pairs.text.templates import load_template
 
 __all__ = ["End", "Make", "build", "check_templates", "each_row", "process_all", "take_over_shards"]
 
-
-Make = Callable[[Requester, Settings, Record, dict[str, Any]], Awaitable[Any]]
-"""What a row is put through: gives its result, or raises Dropped; the last argument takes notes for the report."""
+Make = Callable[[Requester, Settings, Record, Notes], Awaitable[Any]]
+"""Compute the result of a row, or raise Dropped; the dictionary receives notes for the report."""
 
 
 class End(NamedTuple):
-    """How a row ended: its result, mostly a pair, or the reason for none."""
+    """The end of a row: its result, or why it has none."""
 
     record: Record
     result: Any
+    notes: Notes
     reason: str = ""
     detail: str = ""
-    notes: Mapping[str, Any] = {}
 
 
 def build(settings: Settings) -> Result:
-    """Build the dataset of a recipe in `settings.folder`, going on from what is stored there.
+    """Build the dataset of a recipe in `settings.folder`, resuming from its response cache.
 
-    Raises InputError for a recipe or prompts that cannot be used, before anything is asked. A run that stopped early
-    (`Result.stopped`) has written what it has.
+    Raises:
+        InputError: The recipe or its prompts cannot be used; nothing has been requested.
     """
     source = PromptSource(settings)
     check_templates(settings)
-    total, faults = _count(source)
+    records = Counter(record.fault if record.reason == "bad_row" else "" for record in source)
     with ResponseCache(settings.folder) as store:
-        taken = take_over_shards(settings, store)
-        progress = Progress(total)
-        if taken:
+        progress = Progress(records.total())
+        if taken := take_over_shards(settings, store):
             progress.say(f"Took over {taken} replies from the shards.")
-        if faults:
-            progress.say(f"{sum(faults.values())} of {total} rows cannot be used: {next(iter(faults))}")
-        servers = process_all(settings, source, store, progress, make_pair, _row)
-        return write(
-            settings, store, stopped=servers.limits.stopped, broken=servers.limits.broken, servers=servers.notes
-        )
+        if bad := records.total() - records[""]:
+            progress.say(f"{bad} of {records.total()} rows cannot be used: {next(filter(None, records))}")
+        servers = process_all(settings, source, store, progress, _make_row)
+        limits = servers.limits
+        return write(settings, store, stopped=limits.stopped, broken=limits.broken, servers=servers.notes)
 
 
 def check_templates(settings: Settings) -> None:
-    """Load and render the templates that the method uses, so that a wrong one stops the run at once."""
+    """Load and render the templates that the method uses, so that an invalid one stops the run at once."""
     load_template.cache_clear()  # a file may have changed since the last run of this process
-    prompt = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "1 + 1?"},
-        {"role": "assistant", "content": "2"},
-        {"role": "user", "content": "2 + 2?"},
-    ]
+    prompt = [{"role": role, "content": "2 + 2?"} for role in ("system", "user", "assistant", "user")]
+    judge_step = {"pairwise": "compare", "pointwise": "score"}.get(settings.judge_protocol)
     for role in settings.roles:
-        if role.name == "reviser":
-            load_template("revise", role.template).ask(prompt, answer="4")
-        elif role.name == "judge" and settings.judge_protocol == "pairwise":
-            load_template("compare", role.template).ask(prompt, answer_a="4", answer_b="5")
-        elif role.name == "judge" and settings.judge_protocol == "pointwise":
-            load_template("score", role.template).ask(prompt, answer="4")
+        if step := {"reviser": "revise", "judge": judge_step}.get(role.name):
+            answers = {"answer_a": "4", "answer_b": "5"} if step == "compare" else {"answer": "4"}
+            load_template(step, role.template).ask(prompt, **answers)
 
 
 def take_over_shards(settings: Settings, store: ResponseCache) -> int:
-    """Copy what shards of this recipe were answered into the whole's store."""
-    if settings.shard:
-        return 0
-    return sum(store.take_over(path) for path in sorted(settings.folder.glob("shards/*/store.sqlite")))
-
-
-def _count(source: Iterable[Record]) -> tuple[int, dict[str, int]]:
-    total, faults = 0, dict[str, int]()
-    for record in source:
-        total += 1
-        if record.reason == "bad_row":
-            faults[record.fault] = faults.get(record.fault, 0) + 1
-    return total, faults
+    """Copy the replies of this recipe's shards into the whole recipe's cache, and return how many."""
+    paths = [] if settings.shard else sorted(settings.folder.glob("shards/*/store.sqlite"))
+    return sum(map(store.take_over, paths))
 
 
 def process_all(
-    settings: Settings,
-    records: Iterable[Record],
-    store: ResponseCache,
-    progress: Progress,
-    make: Make,
-    describe: Callable[[Settings, Record, Any], Any],
+    settings: Settings, records: Iterable[Record], store: ResponseCache, progress: Progress, make: Make
 ) -> Servers:
-    """Put every record through `make`, note how it ended in the store, what `describe` says of its result as JSON."""
-    return asyncio.run(_ask_all(settings, records, store, progress, make, describe))
-
-
-async def _ask_all(
-    settings: Settings, records: Iterable[Record], store: ResponseCache, progress: Progress, make: Make, describe: Any
-) -> Servers:
-    servers = Servers(settings, store, progress.say)
-    store.begin()
+    """Process every record with `make`, and store its end, with the result as JSON."""
 
     def end(ended: End) -> None:
-        record = ended.record
-        row = "" if ended.result is None else json.dumps(describe(settings, record, ended.result))
-        store.end_row(
-            record.position, record.id, reason=ended.reason, detail=ended.detail, pair=row,
-            notes=json.dumps(ended.notes),
-        )  # fmt: skip
-        progress.ended(ended.reason)
+        (position, id, *_), result, notes, reason, detail = ended
+        row = "" if result is None else json.dumps(result)
+        store.end_row(position, id, reason=reason, detail=detail, pair=row, notes=json.dumps(notes))
+        progress.ended(reason)
 
-    try:
-        with progress.showing(servers.limits):
-            await each_row(settings, iter(records), store, servers.send, end, make)
-    finally:
-        await servers.close()
-    return servers
+    async def run() -> Servers:
+        servers = Servers(settings, store, progress.say)
+        store.begin()
+        try:
+            with progress.showing(servers.limits):
+                await each_row(settings, iter(records), store, servers.send, end, make)
+        finally:
+            await servers.close()
+        return servers
+
+    return asyncio.run(run())
 
 
 async def each_row(
@@ -132,34 +103,33 @@ async def each_row(
     end: Callable[[End], None],
     make: Make = make_pair,
 ) -> None:
-    """Put every record through the method, or another `make`, and call `end` for it, as they finish."""
-    asker = Requester(settings, store, send)
+    """Process every record with `make`, and call `end` as each of them finishes."""
+    requester = Requester(settings, store, send)
     # Rows wait at one role while others are at the next: twice what the servers take keeps them busy.
     servers = {role.base_url or role.model for role in settings.roles}
     widest = max([settings.concurrency, *(role.batch_size for role in settings.roles if role.base_url is None)])
 
     async def work() -> None:
         for record in records:
-            notes: dict[str, Any] = {}
+            notes: Notes = {}
             try:
-                end(End(record, await make(asker, settings, record, notes), notes=notes))
+                end(End(record, await make(requester, settings, record, notes), notes))
             except Dropped as dropped:
-                end(End(record, None, dropped.reason, dropped.detail, notes))
+                end(End(record, None, notes, dropped.reason, dropped.detail))
             except Stopped as stopped:
-                end(End(record, None, "not_asked", str(stopped), notes))
-            await asyncio.sleep(0)  # a row out of the store waits for nothing, and would let nobody else in
+                end(End(record, None, notes, "not_asked", str(stopped)))
+            await asyncio.sleep(0)  # a row out of the cache never waits, and would block all others
 
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(2 * widest * max(1, len(servers))):
                 group.create_task(work())
-    except* InputError as errors:  # a model that cannot be loaded, for one
+    except* InputError as errors:  # such as a model that cannot be loaded
         raise errors.exceptions[0] from None
 
 
-def _row(settings: Settings, record: Record, pair: Pair) -> dict[str, Any]:
-    """Give a row of the dataset, in TRL's conversational format and with its provenance."""
-    judged = "judge" in settings.method
+async def _make_row(asker: Requester, settings: Settings, record: Record, notes: Notes) -> dict[str, Any]:
+    pair = await make_pair(asker, settings, record, notes)
     return {
         "id": record.id,
         "prompt": record.prompt,
@@ -169,6 +139,6 @@ def _row(settings: Settings, record: Record, pair: Pair) -> dict[str, Any]:
         "method": settings.method,
         "chosen_model": pair.chosen.model,
         "rejected_model": pair.rejected.model,
-        "judge_model": settings.judge.public_model if judged else None,
+        "judge_model": settings.judge.public_model if "judge" in settings.method else None,
         "margin": pair.margin,
     }

@@ -1,33 +1,26 @@
-"""The five ways from a prompt to a pair (arXiv 2408.06266, equations 1 to 4, and LFM2's in arXiv 2511.23404).
+"""The five methods that build a pair from a prompt (arXiv 2408.06266, equations 1 to 4, and LFM2's, arXiv 2511.23404).
 
-Each takes a row and what may ask models, and gives a pair or raises Dropped under the name of the reason.
+A row without a pair raises Dropped with the name of the reason.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import chain, cycle, islice
+from typing import Any
 
 from apo_trl.pairs.config.settings import Role, Settings
-from apo_trl.pairs.judging import rank
+from apo_trl.pairs.judging import Notes, Pair, rank
 from apo_trl.pairs.llm.requests import Dropped, Reply, Requester, gather_all
 from apo_trl.pairs.prompts import Answer, Record
 from apo_trl.pairs.text.filters import RevisionLimits, is_refusal, revision_reason
-from apo_trl.pairs.text.revisions import Malformed, Revision, parse_revision
+from apo_trl.pairs.text.revisions import Malformed, parse_revision
 from apo_trl.pairs.text.templates import load_template
 
-__all__ = ["Pair", "make_pair", "own_answers", "sample"]
+__all__ = ["make_pair", "own_answers", "sample"]
 
 
-class Pair(NamedTuple):
-    """What one row became: two answers and where they are from."""
-
-    chosen: Answer
-    rejected: Answer
-    rationale: str = ""
-    margin: float | None = None
-
-
-async def make_pair(asker: Requester, settings: Settings, record: Record, notes: dict[str, Any]) -> Pair:
-    """Make the pair of one row by the recipe's method; `notes` takes what the report counts beside it."""
+async def make_pair(asker: Requester, settings: Settings, record: Record, notes: Notes) -> Pair:
+    """Build the pair of one row by the recipe's method; `notes` receives the judge's results, for the report."""
     if record.fault:
         raise Dropped(record.reason or "bad_row", record.fault)
     pair = await _METHODS[settings.method](asker, settings, record, notes)
@@ -36,33 +29,29 @@ async def make_pair(asker: Requester, settings: Settings, record: Record, notes:
     return pair
 
 
-async def _clair(asker: Requester, settings: Settings, record: Record, notes: dict[str, Any]) -> Pair:
+async def _clair(asker: Requester, settings: Settings, record: Record, notes: Notes) -> Pair:
     answer = (await own_answers(asker, settings, record, settings.responses))[0]
-    revision = await _revise(asker, settings, record, answer.text)
-    return Pair(Answer(revision.text, settings.reviser.public_model), answer, revision.rationale)
+    return await _revise(asker, settings, record, Pair(answer, answer))
 
 
-async def _judge(asker: Requester, settings: Settings, record: Record, notes: dict[str, Any]) -> Pair:
+async def _judge(asker: Requester, settings: Settings, record: Record, notes: Notes) -> Pair:
     answers = await own_answers(asker, settings, record, settings.responses)
-    ranking = await rank(asker, settings, record, answers, notes)
-    return Pair(ranking.best, ranking.worst, ranking.rationale, ranking.margin)
+    return await rank(asker, settings, record, answers, notes)
 
 
-async def _stronger(asker: Requester, settings: Settings, record: Record, notes: dict[str, Any]) -> Pair:
+async def _judge_then_clair(asker: Requester, settings: Settings, record: Record, notes: Notes) -> Pair:
+    return await _revise(asker, settings, record, await _judge(asker, settings, record, notes))
+
+
+async def _stronger(asker: Requester, settings: Settings, record: Record, notes: Notes) -> Pair:
     role = settings.stronger
     answer = (await own_answers(asker, settings, record, settings.responses))[0]
     (reply,) = await asker.ask(role, "sample", _with_system(role, record), row=record.id)
-    _need(role, reply)
+    if not reply.refused:
+        _check_complete(role, reply)
     if reply.refused or is_refusal(reply.text):
         raise Dropped("stronger_refused")
     return Pair(Answer(reply.text, role.public_model), answer)
-
-
-async def _judge_then_clair(asker: Requester, settings: Settings, record: Record, notes: dict[str, Any]) -> Pair:
-    ranked = await _judge(asker, settings, record, notes)
-    revision = await _revise(asker, settings, record, ranked.chosen.text)
-    chosen = Answer(revision.text, settings.reviser.public_model)
-    return Pair(chosen, ranked.rejected, revision.rationale, ranked.margin)
 
 
 _METHODS = {
@@ -75,73 +64,65 @@ _METHODS = {
 
 
 async def own_answers(asker: Requester, settings: Settings, record: Record, wanted: int) -> Sequence[Answer]:
-    """Give the answers that came with the row, or sample as many different ones as are wanted."""
-    if record.answers:
-        distinct = list({answer.text: answer for answer in record.answers}.values())
-        if wanted > 1 and len(distinct) < 2:
-            raise Dropped("identical_answers", "the row's own answers are all the same")
-        return distinct if wanted > 1 else distinct[:1]
-    models = settings.policy
-    shares = [range(at, wanted, len(models)) for at in range(len(models))]  # sample numbers, taken in turn
-    sampled = await gather_all(
-        *(sample(asker, role, record, len(share)) for role, share in zip(models, shares, strict=True) if share)
-    )
-    answers = [answer for of_one in sampled for answer in of_one]
-    distinct = list({answer.text: answer for answer in answers}.values())[:wanted]
+    """Return the different answers that came with the row, or sample up to `wanted` of them.
+
+    Raises:
+        Dropped: All answers are the same, though more than one is wanted, or sampling failed.
+    """
+    answers, problem = list(record.answers), "the row's own answers are all the same"
+    if not answers:
+        turns = Counter(islice(cycle(settings.policy), wanted))  # the models take turns
+        sampled = await gather_all(*(sample(asker, role, record, count) for role, count in turns.items()))
+        answers = list(chain.from_iterable(sampled))
+        problem = f"{len(answers)} samples are all the same; raise policy_temperature or check that the server samples"
+    distinct = list({answer.text: answer for answer in answers}.values())
     if wanted > 1 and len(distinct) < 2:
-        raise Dropped(
-            "identical_answers",
-            f"{len(answers)} samples are all the same; raise policy_temperature or look whether the server samples",
-        )
-    return distinct
+        raise Dropped("identical_answers", problem)
+    return distinct if record.answers and wanted > 1 else distinct[:wanted]
 
 
 async def sample(asker: Requester, role: Role, record: Record, count: int) -> list[Answer]:
-    """Sample so many answers of one model; those that come out the same are asked for once more."""
+    """Sample `count` answers of one model; repeated ones are requested once more.
+
+    Raises:
+        Dropped: No answer is complete, or only one of several.
+    """
     messages = _with_system(role, record)
     replies = await asker.ask(role, "sample", messages, row=record.id, samples=range(count))
     if same := count - len({reply.text for reply in replies}):
-        # Two samples alike: the same seed taken twice, a proxy that remembers, or a very sure model.
+        # Two equal samples: the same seed used twice, a caching proxy, or a very sure model.
         replies += await asker.ask(role, "sample", messages, row=record.id, samples=range(count, count + same))
     usable = [reply for reply in replies if reply.finish == "stop" and reply.text.strip()]
     if len(usable) < min(count, 2):
         for reply in replies:
-            _need(role, reply)  # says why
+            _check_complete(role, reply)
     return [Answer(reply.text, role.public_model) for reply in usable]
 
 
-async def _revise(asker: Requester, settings: Settings, record: Record, answer: str) -> Revision:
-    """Ask for a minimal revision of an answer, and once more where the reply is badly formed."""
-    role = settings.reviser
+async def _revise(asker: Requester, settings: Settings, record: Record, pair: Pair) -> Pair:
+    """Replace the chosen answer by its minimal revision, which is requested once more if the reply is malformed."""
+    role, answer = settings.reviser, pair.chosen.text
     template = load_template("revise", role.template)
     asked = template.ask(record.prompt, answer=answer)
-    (reply,) = await asker.ask(role, "revise", asked.messages, row=record.id, template=template.digest)
-    try:
-        revision = _read_revision(role, reply, asked.suffix)
-    except Malformed as error:
-        if is_refusal(reply.text):
-            raise Dropped("refused") from None
-        asked = template.ask_again(record.prompt, asked, reply.text, str(error), answer=answer)
+    revision, repaired = None, False
+    while revision is None:
         (reply,) = await asker.ask(role, "revise", asked.messages, row=record.id, template=template.digest)
+        if reply.refused:
+            raise Dropped("refused")
+        _check_complete(role, reply)
         try:
-            revision = _read_revision(role, reply, asked.suffix)
-        except Malformed as again:
-            raise Dropped("refused" if is_refusal(reply.text) else "malformed", str(again)) from None
+            revision = parse_revision(reply.text, f"revision{asked.suffix}")
+        except Malformed as error:
+            if is_refusal(reply.text) or repaired:
+                raise Dropped("refused" if is_refusal(reply.text) else "malformed", str(error)) from None
+            asked, repaired = template.ask_again(record.prompt, asked, reply.text, str(error), answer=answer), True
     limits = RevisionLimits(max_edit_distance=settings.max_edit_distance, max_length_ratio=settings.max_length_ratio)
-    if fault := revision_reason(record.prompt[-1]["content"], answer, revision.text, limits):
-        raise Dropped(fault)
-    return revision
+    if reason := revision_reason(record.prompt[-1]["content"], answer, revision.text, limits):
+        raise Dropped(reason)
+    return pair._replace(chosen=Answer(revision.text, role.public_model), rationale=revision.rationale)
 
 
-def _read_revision(role: Role, reply: Reply, suffix: str) -> Revision:
-    if reply.refused:
-        raise Dropped("refused")
-    _need(role, reply)
-    return parse_revision(reply.text, f"revision{suffix}")
-
-
-def _need(role: Role, reply: Reply) -> None:
-    """Raise Dropped for an answer that did not come to its end, or is empty."""
+def _check_complete(role: Role, reply: Reply) -> None:
     if reply.finish != "stop":
         names = {"length": "truncated", "content_filter": "filtered"}
         raise Dropped(f"{role.name}_{names.get(reply.finish, 'unfinished')}", f"finish_reason {reply.finish}")

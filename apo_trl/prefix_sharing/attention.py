@@ -1,11 +1,10 @@
-"""Attention over a packed batch: each row's added tokens attend to its whole path, by one call a layer.
+"""Attention over a packed batch: each row's added tokens attend to its whole path.
 
-Keys and values of every path are gathered by one index. Flash kernels align causal masks at the lower right, which is
-what a path needs, so one variable-length call does a layer; without one, SDPA is called for each row.
+Keys and values of all paths are gathered by one index. Flash kernels align causal masks at the lower right, as a path
+requires, so one variable-length call computes a layer; without a flash kernel, SDPA is called for each row.
 """
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,33 +18,26 @@ from transformers.modeling_flash_attention_utils import flash_attn_supports_top_
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from apo_trl.prefix_sharing.layout import PackedBatch
-from apo_trl.prefix_sharing.sdpa import split_attention
 
-__all__ = ["install", "kernel_name", "supports_packing"]
+__all__ = ["gather", "install", "supports_packing"]
 
 _EAGER = "prefix_sharing_eager"
 
 
 def supports_packing(implementation: str) -> bool:
     """Return whether an attention implementation of transformers can compute a packed batch."""
-    return implementation in ("sdpa", "eager", _EAGER) or _is_flash(implementation)
-
-
-def _is_flash(implementation: str) -> bool:
-    """Return whether it is transformers' flash attention, by a package or by a hub kernel."""
+    if implementation in ("sdpa", "eager", _EAGER):
+        return True
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
-    is_flash = getattr(function, "__wrapped__", function) is flash_attention_forward
+    is_flash = getattr(function, "__wrapped__", function) is flash_attention_forward  # of a package or a hub kernel
     return is_flash and not flash_attn_supports_top_left_mask()
 
 
 def install(implementation: str) -> str:
-    """Let an attention implementation compute packed batches, and return the name under which it does.
+    """Wrap an attention implementation to compute packed batches, and return its name from now on.
 
-    The registered function is wrapped: a call without a layout goes to it as before, so a model keeps its name, and
-    what depends on that name. Eager attention is no registered function and gets a name of its own.
-
-    Transformers registers a hub kernel anew whenever the kernel it calls changes, also in the middle of a forward. It
-    then registers the same function, and what is set on the interface itself goes before what is registered.
+    Calls without a layout reach it as before. Eager attention is not registered and gets a name of its own.
+    Transformers registers a hub kernel again whenever it changes, so that one is set on the interface itself, too.
     """
     name = _EAGER if implementation == "eager" else implementation
     function = _eager if name == _EAGER else ALL_ATTENTION_FUNCTIONS[name]
@@ -106,24 +98,29 @@ def _attend(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     query, key, value = (tensor.transpose(1, 2)[0].to(dtype) for tensor in (query, key, value))
     keys, values = (gather(tensor, packed.gather_index) for tensor in (key, value))
-    kernel = kernel_name(function, query, keys, values)
+    kernel, attend = _kernel(function, query, keys, values)
     packed.attention_calls += 1
     packed.kernel, packed.dtype = kernel, dtype
-    return KERNELS[kernel](module, query, keys, values, packed, scaling, sliding_window)[None], None
+    return attend(query, keys, values, packed, scaling, sliding_window, module)[None], None
 
 
-def kernel_name(function: Callable[..., Any], query: Tensor, keys: Tensor, values: Tensor) -> str:
-    """Return which of `KERNELS` computes these tensors: the model's own flash attention, torch's, or SDPA by rows."""
-    if function is flash_attention_forward:
-        return "flash"
-    size = query.size(-1)
+def _kernel(function: Any, query: Tensor, keys: Tensor, values: Tensor) -> tuple[str, Callable[..., Tensor]]:
+    """Return the best kernel for these tensors: the model's own flash attention, torch's `varlen_attn`, or SDPA.
+
+    It maps queries (P, heads, size), keys and values (K, key heads, size) to outputs (P, heads, value size).
+    """
+    size, low_precision = query.size(-1), query.dtype in (torch.bfloat16, torch.float16)
     flash_sizes = size == keys.size(-1) == values.size(-1) <= 256 and size % 8 == 0
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and flash_sizes and _varlen_attn() is not None:
-        return "varlen"
-    return "sdpa"
+    if function is flash_attention_forward or (query.is_cuda and low_precision and flash_sizes):
+        from apo_trl.prefix_sharing import flash
 
+        if function is flash_attention_forward:
+            return "flash", flash.flash_attention
+        if flash.varlen_attn() is not None:
+            return "varlen", flash.varlen_attention
+    from apo_trl.prefix_sharing.sdpa import split_attention
 
-# Rows by index. The gradient of a row that is gathered several times is summed in float32.
+    return "sdpa", split_attention
 
 
 class _Gather(torch.autograd.Function):
@@ -145,60 +142,3 @@ def gather(source: Tensor, index: Tensor) -> Tensor:
     """Select rows of the first dimension; gradients of a repeated row are summed in float32."""
     result: Tensor = _Gather.apply(source, index)  # type: ignore[no-untyped-call]
     return result
-
-
-# The kernels: queries (P, heads, size), keys and values (K, key heads, size) to (P, heads, value size).
-
-
-def _flash(
-    module: Any, query: Tensor, keys: Tensor, values: Tensor, packed: PackedBatch, scale: Any, window: int | None
-) -> Tensor:
-    output: Tensor = flash_attention_forward(
-        module,
-        *(tensor.transpose(0, 1)[None] for tensor in (query, keys, values)),
-        attention_mask=None,
-        scaling=scale,
-        sliding_window=window,
-        is_causal=True,
-        cu_seq_lens_q=packed.cu_seq_lens_q,
-        cu_seq_lens_k=packed.cu_seq_lens_k,
-        max_length_q=packed.max_length_q,
-        max_length_k=packed.max_length_k,
-    )[0]
-    return output[0]
-
-
-@functools.cache
-def _varlen_attn() -> tuple[Callable[..., Any], dict[str, Any]] | None:
-    """Return torch's variable-length attention with what it wants to know of grouped heads, or None in older torch."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    parameters = inspect.signature(varlen_attn).parameters
-    if not {"scale", "window_size"} <= set(parameters) or torch.cuda.get_device_capability() < (8, 0):
-        return None
-    return varlen_attn, {"enable_gqa": True} if "enable_gqa" in parameters else {}
-
-
-def _varlen(
-    module: Any, query: Tensor, keys: Tensor, values: Tensor, packed: PackedBatch, scale: Any, window: int | None
-) -> Tensor:
-    found = _varlen_attn()
-    assert found is not None
-    function, grouped = found
-    output: Tensor = function(
-        query, keys, values, packed.cu_seq_lens_q, packed.cu_seq_lens_k, packed.max_length_q, packed.max_length_k,
-        scale=scale, window_size=(-1 if window is None else window - 1, 0), **grouped,
-    )  # fmt: skip
-    return output
-
-
-def _sdpa(
-    module: Any, query: Tensor, keys: Tensor, values: Tensor, packed: PackedBatch, scale: Any, window: int | None
-) -> Tensor:
-    return split_attention(query, keys, values, packed, scale, window)
-
-
-KERNELS: dict[str, Callable[..., Tensor]] = {"flash": _flash, "varlen": _varlen, "sdpa": _sdpa}
-"""The ways to attend, best first: transformers' flash attention, torch's `varlen_attn`, SDPA for each row."""

@@ -2,7 +2,6 @@
 
 The rows, sorted by their tokens, form a tree: each row adds the tokens after its longest common prefix with the row
 before it. The added tokens of all rows are the packed sequence; a row's path is where its tokens are packed.
-NumPy builds the layout on the CPU; one copy moves it to the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,29 +19,24 @@ Ints = NDArray[np.int64]
 
 
 class PackedBatch:
-    """The layout of one batch, with everything a forward over its packed sequence needs.
+    """The layout of one batch, with everything that a forward over its packed sequence needs.
 
-    `P` packed tokens, `N` rows that add tokens, `K` keys (the tokens of these rows' paths, one path after another), `S`
-    distinct questions (a packed position and the token that comes next), `L` labelled positions of the padded batch.
+    Sizes: `P` packed tokens, `N` rows that add tokens, `K` keys (the tokens of these rows' paths, one path after
+    another), `S` distinct questions (a packed position and the token that comes next), `L` labelled positions.
 
     Attributes:
-        input_ids: Packed tokens, shape (1, P).
-        position_ids: Position of each packed token in its own row, shape (1, P).
-        gather_index: For each key, the packed token it is, shape (K,).
-        cu_seq_lens_q: Where the queries of each row begin in the packed sequence, int32, shape (N + 1,).
-        cu_seq_lens_k: Where the keys of each row begin, int32, shape (N + 1,).
-        question_index: The packed token whose hidden state answers each question, shape (S,).
-        targets: The token that comes next, shape (1, S).
-        label_index: Where each label lies in the flattened (rows, T - 1) of shifted labels, shape (L,).
-        answer_index: Which question each label asks, shape (L,).
+        input_ids, position_ids: Packed tokens, and the position of each in its own row, shape (1, P).
+        gather_index: The packed token of each key, shape (K,).
+        cu_seq_lens_q, cu_seq_lens_k: Start of each row's queries and keys, int32, shape (N + 1,).
+        question_index, targets: The packed token whose hidden state answers each question, shape (S,), and the token
+            that comes next, shape (1, S).
+        label_index, answer_index: Place of each label in the flattened (rows, T - 1) of shifted labels, and its
+            question, shape (L,).
         query_lengths, key_lengths: Added tokens and path length of each row, as Python numbers.
         shape: Shape (rows, T) of the padded batch.
+        attention_calls, kernel, dtype, sliding_window: Set by the attention of the last forward.
     """
 
-    _FIELDS = (
-        "input_ids", "position_ids", "gather_index", "cu_seq_lens_q", "cu_seq_lens_k", "question_index", "targets",
-        "label_index", "answer_index",
-    )  # fmt: skip
     input_ids: Tensor
     position_ids: Tensor
     gather_index: Tensor
@@ -56,44 +50,25 @@ class PackedBatch:
     def __init__(self, numbers: Tensor, sizes: Sequence[int], query_lengths: Ints, key_lengths: Ints, shape: Any):
         self.query_lengths: list[int] = query_lengths.tolist()
         self.key_lengths: list[int] = key_lengths.tolist()
+        self.max_length_q, self.max_length_k = max(self.query_lengths), max(self.key_lengths)
         self.shape = (int(shape[0]), int(shape[1]))
+        self.padded_tokens = self.shape[0] * self.shape[1]
         self._sizes = list(sizes)
-        self.attention_calls = 0  # of the last forward, with the kernel and precision that computed it
-        self.kernel, self.dtype = "", torch.float32
-        self.sliding_window: int | None = None  # the last that a layer asked for
-        self.plans: dict[Any, Any] = {}
+        self.attention_calls, self.kernel, self.dtype = 0, "", torch.float32
+        self.sliding_window: int | None = None
+        self.plans: dict[Any, Any] = {}  # of SDPA
         self._set(numbers)
 
     def _set(self, numbers: Tensor) -> None:
         self._numbers = numbers
-        for name, value in zip(self._FIELDS, torch.split(numbers, self._sizes), strict=True):
-            setattr(self, name, value)
-        self.input_ids, self.position_ids, self.targets = (
-            self.input_ids[None],
-            self.position_ids[None],
-            self.targets[None],
-        )
+        for name, value in zip(PackedBatch.__annotations__, torch.split(numbers, self._sizes), strict=True):
+            setattr(self, name, value[None] if name in ("input_ids", "position_ids", "targets") else value)
         self.cu_seq_lens_q, self.cu_seq_lens_k = self.cu_seq_lens_q.int(), self.cu_seq_lens_k.int()
-
-    @property
-    def max_length_q(self) -> int:
-        """The largest number of tokens that a row adds."""
-        return max(self.query_lengths)
-
-    @property
-    def max_length_k(self) -> int:
-        """The longest path: the longest row."""
-        return max(self.key_lengths)
 
     @property
     def computed_tokens(self) -> int:
         """Tokens of the packed sequence."""
         return self.input_ids.numel()
-
-    @property
-    def padded_tokens(self) -> int:
-        """Tokens of the padded batch, padding included."""
-        return self.shape[0] * self.shape[1]
 
     def pin_memory(self) -> "PackedBatch":
         """Move the indices to page-locked memory; called by PyTorch's data loader."""
@@ -103,7 +78,7 @@ class PackedBatch:
     def to(self, device: Any, non_blocking: bool = False) -> "PackedBatch":
         """Move the indices to a device by one copy; called by accelerate's data loader.
 
-        On CUDA nothing waits for it, whatever `non_blocking` says: the copy is made from page-locked memory.
+        On CUDA the copy is made from page-locked memory and never blocks, whatever `non_blocking` is.
         """
         device = torch.device(device)
         if self._numbers.device != device and (device.index is not None or self._numbers.device.type != device.type):
@@ -119,12 +94,11 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Pa
 
     Args:
         input_ids: Tokens, shape (rows, T), on any device.
-        attention_mask: 1 where there is a token, shape (rows, T), or None where all are; padding may be on either side.
-        labels: -100 where a token is not scored, shape (rows, T).
+        attention_mask: 1 for a token and 0 for padding on either side, shape (rows, T), or None without padding.
+        labels: -100 for a token that is not scored, shape (rows, T).
 
     Returns:
-        The layout, on the device of `input_ids`, or None for a batch that cannot be packed: nothing is scored, or a
-        scored token has no token before it.
+        The layout, on the device of `input_ids`, or None if nothing is scored or a scored token is the first of a row.
     """
     device = input_ids.device
     if device.type != "cpu":  # one copy: each would wait for the device
@@ -141,14 +115,14 @@ def _pack(ids: NDArray[Any], real: NDArray[np.bool_], scored: NDArray[np.bool_])
     columns, lengths = np.arange(width, dtype=np.int32), real.sum(1, dtype=np.int64)
     row, column = scored.nonzero()
     row, column = row[column > 0], column[column > 0]
-    at = column  # of each scored token, its place in its row without padding
+    position = column  # of each scored token in its row without padding
     within = columns < lengths[:, None]
     tokens = ids.astype(np.int32)
     if not np.array_equal(real, within):  # padding in front or between
-        at = (real.cumsum(1) - 1)[row, column]
+        position = (real.cumsum(1) - 1)[row, column]
         tokens = np.zeros_like(tokens)
         tokens[within] = ids[real]
-    if not len(at) or not (real[row, column] & (at > 0)).all():
+    if not len(position) or not (real[row, column] & (position > 0)).all():
         return None
 
     # Rows in the order of their tokens, each with the length of the prefix that it shares with the row before it.
@@ -162,7 +136,7 @@ def _pack(ids: NDArray[Any], real: NDArray[np.bool_], scored: NDArray[np.bool_])
         differ = tokens[number, both] != tokens[number - 1, both]
         shared[number] = differ.argmax() if differ.any() else both.stop
 
-    # A row's path: the path of the row before it as far as they share it, then the places of its own tokens.
+    # A row's path: the shared part of the path before it, then the places of its own tokens.
     query_lengths = lengths - shared
     starts = query_lengths.cumsum() - query_lengths
     places = np.empty((rows, width), dtype=np.int64)
@@ -180,7 +154,7 @@ def _pack(ids: NDArray[Any], real: NDArray[np.bool_], scored: NDArray[np.bool_])
     # A scored token asks its predecessor; a packed token has one predecessor, so its place numbers the question.
     row_of = np.empty(rows, dtype=np.int64)
     row_of[order] = np.arange(rows)
-    flat = row_of[row] * width + at
+    flat = row_of[row] * width + position
     asking, asked = places.ravel()[flat], places.ravel()[flat - 1]
     is_asking = np.zeros(len(packed), dtype=bool)
     is_asking[asking] = True
@@ -196,26 +170,22 @@ def _pack(ids: NDArray[Any], real: NDArray[np.bool_], scored: NDArray[np.bool_])
         packed[is_asking],
         row * (width - 1) + column - 1,
         (is_asking.cumsum() - 1)[asking],
-    )
+    )  # in the order of the class's annotations
     numbers = torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
     return PackedBatch(numbers, [len(part) for part in parts], query_lengths, key_lengths, ids.shape)
 
 
 @dataclass
 class PackingCollator:
-    """Add the packed layout to the batches of another collator. It runs on the CPU, in the data loader's workers.
-
-    The layout travels in the batch as `packed_batch`; a batch that cannot be packed has none.
-    """
+    """Add the packed layout to the batches of another collator, as `packed_batch`, on the CPU of the data loader."""
 
     collator: Callable[[list[dict[str, Any]]], Any]
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        """Collate, and add the layout."""
+        """Collate, and add the layout unless the batch cannot be packed."""
         batch = self.collator(examples)
         if "input_ids" in batch and "completion_mask" in batch:
-            scored = batch["completion_mask"].bool()
-            labels = batch["input_ids"].masked_fill(~scored, -100)
+            labels = batch["input_ids"].masked_fill(~batch["completion_mask"].bool(), -100)
             packed = pack(batch["input_ids"], batch.get("attention_mask"), labels)
             if packed is not None:
                 batch["packed_batch"] = packed

@@ -1,6 +1,6 @@
-"""SDPA for each row of a packed batch: the way to attend without a flash kernel, on any device and in any precision.
+"""SDPA for each row of a packed batch: attention without a flash kernel, on any device and in any precision.
 
-The rows that share nothing are plainly causal; the others need a mask, which is kept small however long a row is.
+Rows that share nothing are plainly causal; the others need a mask, which stays small for rows of any length.
 """
 
 import contextlib
@@ -22,14 +22,17 @@ _MASK_ELEMENTS = 1 << 22
 
 
 def split_attention(
-    query: Tensor, keys: Tensor, values: Tensor, packed: PackedBatch, scale: float | None, window: int | None
+    query: Tensor, keys: Tensor, values: Tensor, packed: PackedBatch, scale: float | None, window: int | None, *_: Any
 ) -> Tensor:
-    """Attend from queries (P, heads, size) to keys and values (K, key heads, size) by SDPA, row by row."""
+    """Attend from queries (P, heads, size) to keys and values (K, key heads, size), row by row."""
     query, keys, values = (tensor.transpose(0, 1)[None] for tensor in (query, keys, values))
-    if not (grouped := query.device.type == "cpu"):  # whose kernel takes grouped heads, masked or not
+    if not (grouped := query.device.type == "cpu"):  # its kernel takes grouped heads, masked or not
         groups = query.size(1) // keys.size(1)
         keys, values = repeat_kv(keys, groups), repeat_kv(values, groups)
-    plan = _plan(packed, window, query)
+    key = (window, query.dtype, query.device)
+    plan = packed.plans.get(key) or packed.plans.setdefault(
+        key, Plan(packed, window, query)
+    )  # built once for all layers
     rows = zip(
         plan.rows, torch.split(query, packed.query_lengths, 2), torch.split(keys, packed.key_lengths, 2),
         torch.split(values, packed.key_lengths, 2), strict=True,
@@ -39,30 +42,26 @@ def split_attention(
         for blocks, added, path, contents in rows:
             for block in blocks:
                 mask = plan.mask(block)
-                outputs.append(
-                    scaled_dot_product_attention(
-                        _narrow(added, block.start, block.stop),
-                        _narrow(path, block.first, block.last),
-                        _narrow(contents, block.first, block.last),
-                        mask,
-                        is_causal=mask is None and block.stop - block.start > 1,
-                        scale=scale,
-                        enable_gqa=grouped,
-                    )
+                output = scaled_dot_product_attention(
+                    _narrow(added, block.start, block.stop),
+                    _narrow(path, block.first, block.last),
+                    _narrow(contents, block.first, block.last),
+                    mask,
+                    is_causal=mask is None and block.stop - block.start > 1,
+                    scale=scale,
+                    enable_gqa=grouped,
                 )
+                outputs.append(output)
     return torch.cat([output[0].transpose(0, 1) for output in outputs])  # as the kernels lay them out
 
 
 def _narrow(tensor: Tensor, start: int, stop: int) -> Tensor:
-    # A slice of everything is not free: its backward copies.
+    # Even a full slice copies in backward.
     return tensor if stop - start == tensor.size(2) else tensor[:, :, start:stop]
 
 
 class Block(NamedTuple):
-    """Queries [start, stop) of a row and the keys [first, last) of its path that they see.
-
-    The first query sees keys up to `diagonal` of these.
-    """
+    """Queries [start, stop) of a row and the keys [first, last) of its path; the first sees keys up to `diagonal`."""
 
     start: int
     stop: int
@@ -72,14 +71,12 @@ class Block(NamedTuple):
 
 
 class Plan:
-    """How SDPA computes a batch: blocks of queries, so small that their mask is small, however long a row is.
-
-    A diagonal band looks the same wherever it lies, so the masks of all blocks are slices of one.
-    """
+    """Blocks of queries with small masks. A diagonal band is the same everywhere: all masks are slices of one."""
 
     def __init__(self, packed: PackedBatch, window: int | None, like: Tensor) -> None:
         self.window, self.device = window, like.device.type
-        limit = packed.max_length_q if self._maskless else _largest_block(packed.max_length_k, window)
+        maskless = self.device == "cuda" and window is None  # its kernels align a causal mask at the lower right
+        limit = packed.max_length_q if maskless else _largest_block(packed.max_length_k, window)
         self.rows = [
             list(self._blocks(queries, keys, limit))
             for queries, keys in zip(packed.query_lengths, packed.key_lengths, strict=True)
@@ -87,17 +84,12 @@ class Plan:
         masked = [block for blocks in self.rows for block in blocks if not self._plainly_causal(block)]
         self.centre = max((block.diagonal for block in masked), default=0)
         self.band: Tensor | None = None
-        if masked and not self._maskless:
+        if masked and not maskless:
             height = max(block.stop - block.start for block in masked)
             seen = torch.ones(height, self.centre + height, dtype=torch.bool, device=like.device).tril_(self.centre)
             if window is not None:
                 seen.triu_(self.centre - window + 1)
             self.band = torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, float("-inf"))
-
-    @property
-    def _maskless(self) -> bool:
-        """Whether the device's kernels align a causal mask at the lower right by themselves."""
-        return self.device == "cuda" and self.window is None
 
     def _blocks(self, queries: int, keys: int, limit: int) -> Iterator[Block]:
         depth, window = keys - queries, self.window
@@ -113,7 +105,7 @@ class Plan:
         return (queries == keys or queries == 1) and (self.window is None or self.window >= keys)
 
     def mask(self, block: Block) -> Any:
-        """Return what a block sees, to be added to its scores, or None where that is plainly causal."""
+        """Return the mask to add to the scores of a block, or None for a plainly causal block."""
         if self._plainly_causal(block):
             return None
         queries, keys = block.stop - block.start, block.last - block.first
@@ -121,31 +113,19 @@ class Plan:
             return causal_lower_right(queries, keys)
         left = self.centre - block.diagonal
         mask = self.band[:queries, left : left + keys]
-        return mask if self.device == "cpu" else mask.contiguous()  # kernels of GPUs want aligned rows
+        return mask if self.device == "cpu" else mask.contiguous()  # GPU kernels require aligned rows
 
 
 def _largest_block(keys: int, window: int | None) -> int:
-    """Return how many queries a block may have for its mask to have at most `_MASK_ELEMENTS`."""
+    """Return the number of queries with a mask of at most `_MASK_ELEMENTS`."""
     size = _MASK_ELEMENTS // keys
-    if window is not None:  # of a block of more queries than the window, the keys are less than twice as many
+    if window is not None:  # a block of more queries than the window has less than twice as many keys
         size = max(size, min(_MASK_ELEMENTS // (2 * window), math.isqrt(_MASK_ELEMENTS // 2)))
     return max(1, size)
 
 
-def _plan(packed: PackedBatch, window: int | None, query: Tensor) -> Plan:
-    """Return the plan of a batch, made once for all layers."""
-    key = (window, query.dtype, query.device)
-    plan: Plan | None = packed.plans.get(key)
-    if plan is None:
-        plan = packed.plans[key] = Plan(packed, window, query)
-    return plan
-
-
 def without_cudnn() -> contextlib.AbstractContextManager[None]:
-    """Keep SDPA from cuDNN, which builds a plan for every new shape.
-
-    Its masked backward can give NaN (pytorch issue 196678).
-    """
+    """Disable cuDNN in SDPA: it plans every new shape, and its masked backward can be NaN (pytorch issue 196678)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

@@ -1,4 +1,4 @@
-"""Which models and settings can train on packed batches, decided from what is known before the first batch."""
+"""Which models can train on packed batches, decided before the first batch."""
 
 from typing import Any
 
@@ -41,11 +41,11 @@ def unsupported_reason(model: Any) -> str:
 
 
 def dropout_names(model: Any) -> list[str]:
-    """Return the names of dropout that training would apply: modules, and probabilities that attention layers keep."""
+    """Return the names of active dropout: modules, and probabilities in attention layers."""
     names = set[str]()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and module.p:
-            # PEFT's is called by its adapter, in a module that is called by what it is.
+            # PEFT names the module after its adapter, inside one that is named dropout.
             names.add(next((part for part in reversed(name.split(".")) if "drop" in part), name))
         names |= {
             key for key, value in vars(module).items() if key.endswith("dropout") and isinstance(value, float) and value

@@ -1,32 +1,42 @@
-"""What a recipe trains, for the table of `apo-trl recipes`."""
+"""What a recipe trains, and on which pairs, if they are in local files."""
 
 from pathlib import Path
+from typing import Any
 
 from apo_trl.io.resources import find_recipe, read_yaml
 
-__all__ = ["describe", "is_unpaired"]
-
-
-_UNPAIRED = {"kto", "apo_zero_unpaired"}  # the losses of TRL's KTOTrainer
+__all__ = ["describe", "is_unpaired", "local_dataset"]
 
 
 def describe(name: str) -> dict[str, str]:
-    """Say what a recipe is: `name`, `model`, `loss`, `method` and `hardware`, in words for a table."""
+    """Return a row for a table: `name`, `model`, `loss`, `method` and `hardware` of a recipe."""
     path = find_recipe(name)
-    config = read_yaml(path)
-    losses = config.get("loss_type", "apo_zero")
-    method = "LoRA" if config.get("use_peft") else "full"
-    hardware = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# Hardware:")]
+    config, lines = read_yaml(path), path.read_text(encoding="utf-8").splitlines()
+    hardware = next((line for line in lines if line.startswith("# Hardware:")), "")
     return {
         "name": name,
         "model": str(config.get("model_name_or_path", "packaged SmolLM2-135M")).split("/")[-1],
-        "loss": losses if isinstance(losses, str) else "+".join(losses),
-        "method": "QLoRA" if config.get("load_in_4bit") else method,
-        "hardware": hardware[0].removeprefix("# Hardware:").split(";")[0].strip(" .") if hardware else "",
+        "loss": "+".join(_losses(config)),
+        "method": "QLoRA" if config.get("load_in_4bit") else "LoRA" if config.get("use_peft") else "full",
+        "hardware": hardware.removeprefix("# Hardware:").split(";")[0].strip(" ."),
     }
 
 
 def is_unpaired(path: Path) -> bool:
-    """Say whether a file is for TRL's KTOTrainer, whose settings are of another class."""
-    losses = read_yaml(path).get("loss_type", [])
-    return bool(_UNPAIRED.intersection([losses] if isinstance(losses, str) else losses))
+    """Return whether a file is for TRL's KTOTrainer, whose settings are of another class."""
+    return not {"kto", "apo_zero_unpaired"}.isdisjoint(_losses(read_yaml(path)))
+
+
+def _losses(config: dict[str, Any]) -> list[str]:
+    losses = config.get("loss_type", "apo_zero")
+    return [losses] if isinstance(losses, str) else losses
+
+
+def local_dataset(run: Any) -> dict[str, Any]:
+    """Load the splits of a run's pairs as training does, or return none if they are on the hub."""
+    from apo_trl.io.readers import file_builder, is_local
+    from apo_trl.training.script import load_run_dataset
+
+    name = run.script.dataset_name
+    is_here = name and not run.mixture.datasets and (file_builder(name) or is_local(name))
+    return dict(load_run_dataset(run)) if is_here else {}

@@ -1,17 +1,8 @@
-"""`precompute_ref_log_probs`: the reference's log-probs, computed once for every pair and never served stale.
+"""`precompute_ref_log_probs`: the reference's log-probs, computed once per pair and never stale.
 
-TRL stores one file per prepared dataset. A file here belongs to one reference, and a row in it to one pair: the row's
-key is a hash of all that its two values are computed from, which is what the collator gives for that pair alone (the
-tokens left after truncation, and where the completion starts), `ld_alpha`, and the fingerprint of the reference (its
-weights, its configuration and the precision of its forward). So a row is found again in any order, subset or mixture
-and under any learning rate, loss or output folder, and is not found when something changed that enters it. Rows are
-written after every forward, so a killed run goes on where it stopped; a new reference is a new file.
-
-Within a run the main process alone reads and writes, and tells the others, so that all take the same branches and the
-folder need not be shared between machines. Between runs SQLite's locks keep writers apart; it uses a rollback journal
-and no write-ahead log, because the latter cannot be used on network file systems.
-
-Left out on purpose: values per token. They would serve every `ld_alpha` from one forward, for a thousandfold the space.
+A row's key hashes all that its two values depend on: the collated pair, `ld_alpha` and the fingerprint of the
+reference. So any order, subset or mixture finds it, under any learning rate, loss or output folder. Rows are written
+after every forward. Within a run only the main process reads and writes.
 """
 
 import hashlib
@@ -32,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from trl import DPOConfig
 
+from apo_trl.config import APOConfig
 from apo_trl.errors import InputError
 from apo_trl.reference_cache.fingerprint import current_fingerprint, update_digest
 from apo_trl.reference_cache.store import Logps, ReferenceStore, unusable
@@ -45,12 +37,10 @@ _NOT_SCORED = {*_COLUMNS, "chosen_wins", "packed_batch"}
 
 
 def add_reference_logps(trainer: Any, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-    """Give the dataset with the reference's log-probs of its pairs, computing those that no run has computed before.
+    """Add the columns `ref_chosen_logps` and `ref_rejected_logps`, in nats, to a tokenized dataset.
 
-    Adds the columns `ref_chosen_logps` and `ref_rejected_logps`, in nats, which the collator of TRL carries into the
-    batch. `name` is what the progress bar calls the dataset, `batch_size` the pairs of a forward in one process. All
-    processes have to call it. Raises InputError where the cache cannot be opened, or where processes hold different
-    weights.
+    Only log-probs that no run has computed before are computed, in batches of `batch_size` pairs per process. All
+    processes have to call it. Raises InputError if the cache cannot be opened, or processes hold different weights.
     """
     accelerator = trainer.accelerator
     fingerprint = current_fingerprint(trainer)
@@ -63,14 +53,8 @@ def add_reference_logps(trainer: Any, dataset: Dataset, name: str, batch_size: i
         counts = Counter(keys)
         missing = {key: row for row, key in enumerate(keys) if key not in logps}
         found = len(keys) - sum(counts[key] for key in missing)
-        share = f"{found} of {len(keys)} pairs from the cache"
-        bar = tqdm(
-            total=len(keys),
-            initial=found,
-            desc=f"Reference log-probs of the {name} dataset, {share}",
-            disable=quiet,
-        )
-        with bar:
+        desc = f"Reference log-probs of the {name} dataset, {found} of {len(keys)} pairs from the cache"
+        with tqdm(total=len(keys), initial=found, desc=desc, disable=quiet) as bar:
             for computed in _computed(trainer, rows, missing, batch_size):
                 new = {keys[row]: values for row, values in computed.items()}
                 bar.update(sum(counts[key] for key in new if key not in logps))
@@ -84,20 +68,20 @@ def add_reference_logps(trainer: Any, dataset: Dataset, name: str, batch_size: i
 
 
 def _keys(trainer: Any, rows: Dataset, fingerprint: str | None, quiet: bool) -> list[bytes]:
-    """Give the key of every row; each process makes those of its share."""
+    """Compute the key of every row; each process computes those of its share."""
     process, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    first, last = (len(rows) * at // processes for at in (process, process + 1))
+    first, last = (len(rows) * index // processes for index in (process, process + 1))
     share = tqdm(rows.select(range(first, last)), desc="Looking up reference log-probs", disable=quiet)
-    made = [pair_key(fingerprint, trainer.data_collator([row]), trainer.ld_alpha) for row in share]
-    keys: list[bytes] = gather_object(made)
+    keys: list[bytes] = gather_object(
+        [pair_key(fingerprint, trainer.data_collator([row]), trainer.ld_alpha) for row in share]
+    )
     return keys
 
 
 def pair_key(fingerprint: str | None, batch: Mapping[str, Any], ld_alpha: float | None) -> bytes:
-    """Hash all that determines the reference's log-probs of the one pair in a collated batch.
+    """Hash all that determines the reference's log-probs of the one pair in a collated batch, except padding.
 
-    Padding does not count, so that `pad_to_multiple_of` changes no key. The two completions have one key, as with
-    `ld_alpha` the sum over one depends on the length of the other.
+    Both completions share a key: with `ld_alpha`, the sum over one depends on the length of the other.
     """
     mask = batch.get("attention_mask")
     digest = hashlib.sha256(f"{fingerprint} {ld_alpha}".encode())
@@ -113,23 +97,24 @@ def pair_key(fingerprint: str | None, batch: Mapping[str, Any], ld_alpha: float 
 
 
 def _computed(trainer: Any, rows: Dataset, missing: Mapping[bytes, int], batch_size: int) -> Iterator[dict[int, Logps]]:
-    """Compute the log-probs of the missing rows, longest first: for every batch of all processes, those of its rows.
+    """Compute the log-probs of the missing rows, longest first, and yield them for each batch of all processes.
 
-    Every process does the same number of forwards, none of them empty, since sharded weights are gathered in each.
+    Every process runs the same number of forwards, with at least one row each, since sharded weights are gathered.
     """
     if not missing:
         return
     accelerator = trainer.accelerator
-    lengths = {
-        row: sum(len(value) for value in rows[row].values() if isinstance(value, list)) for row in missing.values()
-    }
-    order = sorted(lengths, key=lambda row: -lengths[row])
+
+    def length(row: int) -> int:
+        return sum(len(value) for value in rows[row].values() if isinstance(value, list))
+
+    order = sorted(missing.values(), key=length, reverse=True)
     whole = batch_size * accelerator.num_processes
     forwards = -(-len(order) // whole)
     if trainer.is_deepspeed_enabled:  # after a single forward of ZeRO-3's engine, that of training fails
         forwards = max(2, forwards)
     if accelerator.num_processes > 1 or trainer.is_deepspeed_enabled:
-        order += [order[at % len(order)] for at in range(whole * forwards - len(order))]
+        order += [order[index % len(order)] for index in range(whole * forwards - len(order))]
 
     def collate(chosen: Sequence[int]) -> dict[str, Any]:
         return {**trainer.data_collator([rows[row] for row in chosen]), "row": torch.tensor(chosen)}
@@ -137,21 +122,20 @@ def _computed(trainer: Any, rows: Dataset, missing: Mapping[bytes, int], batch_s
     loader: DataLoader[Any] = DataLoader(order, batch_size, collate_fn=collate)  # type: ignore[arg-type] # a list will do
     model = _reference(trainer)
     training = model.training
-    model.eval()  # what is kept must not have dropout in it
+    model.eval()  # no dropout in cached values
     try:
         for batch in accelerator.prepare(loader):
             numbers = batch.pop("row")
             sides = trainer.compute_ref_log_probs(model, batch)
             gathered = accelerator.gather((numbers, *(side.float() for side in sides)))
-            yield {
-                row: (first, second) for row, first, second in zip(*(part.tolist() for part in gathered), strict=True)
-            }
+            results = zip(*(part.tolist() for part in gathered), strict=True)
+            yield {row: (chosen, rejected) for row, chosen, rejected in results}
     finally:
         model.train(training)
 
 
 def _reference(trainer: Any) -> Any:
-    """Give what to forward through, as TRL has it: with DeepSpeed, the policy needs an engine before training."""
+    """Return the model to forward through, as TRL does: with DeepSpeed, the policy needs an engine before training."""
     if trainer.ref_model is not None:
         return trainer.ref_model
     if trainer.is_deepspeed_enabled:
@@ -165,27 +149,25 @@ def _reference(trainer: Any) -> Any:
 
 def _open(
     trainer: Any, fingerprint: str | None, keys: Sequence[bytes]
-) -> tuple["ReferenceStore | None", dict[bytes, Logps]]:
-    """Open the store in the main process, and give all processes what it has of the keys, or its error."""
-    store = None
-    told: list[Any] = [None]
+) -> tuple[ReferenceStore | None, dict[bytes, Logps]]:
+    """Open the store in the main process, and send all processes its values of the keys, or its error."""
+    store, message = None, list[Any]([None])
     if trainer.accelerator.is_main_process and fingerprint is not None:
         try:
             store = ReferenceStore(_cache_dir(trainer.args) / f"reference-{fingerprint[:32]}.sqlite")
-            told = [store.read(keys)]
+            message = [store.read(keys)]
         except InputError as error:
-            told = [error]
-    broadcast_object_list(told)
-    if isinstance(told[0], InputError):
-        raise told[0]
-    return store, told[0] or {}
+            message = [error]
+    broadcast_object_list(message)
+    if isinstance(message[0], InputError):
+        raise message[0]
+    return store, message[0] or {}
 
 
 def check_cache_dir(config: DPOConfig) -> None:
-    """Raise InputError where reference log-probs are to be stored in a folder that cannot be written."""
+    """Raise InputError if the folder of the cache cannot be written; warn if it has no effect."""
     if not config.precompute_ref_log_probs:
-        if _asked(config):
-            logger.warning("ref_cache_dir has no effect without precompute_ref_log_probs=True.")
+        logger.warning("ref_cache_dir has no effect without precompute_ref_log_probs=True.")
         return
     folder = _cache_dir(config)
     try:
@@ -197,10 +179,5 @@ def check_cache_dir(config: DPOConfig) -> None:
 
 
 def _cache_dir(config: DPOConfig) -> Path:
-    return Path(_asked(config) or Path(datasets.config.HF_DATASETS_CACHE) / "apo-trl").expanduser()
-
-
-def _asked(config: DPOConfig) -> str | None:
-    from apo_trl.config import APOConfig
-
-    return config.ref_cache_dir if isinstance(config, APOConfig) else None
+    configured = config.ref_cache_dir if isinstance(config, APOConfig) else None
+    return Path(configured or Path(datasets.config.HF_DATASETS_CACHE) / "apo-trl").expanduser()

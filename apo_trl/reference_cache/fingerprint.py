@@ -1,4 +1,4 @@
-"""Which reference it is: a hash of its weights and of all else that enters its log-probs, equal in all processes."""
+"""The fingerprint of a reference: a hash of its weights and of all else that enters its log-probs."""
 
 import hashlib
 import json
@@ -19,26 +19,24 @@ __all__ = ["current_fingerprint", "reference_fingerprint", "update_digest"]
 
 logger = get_logger(__name__)
 
-_FORMAT = 1  # to be raised whenever log-probs would come out differently
+_FORMAT = 1  # increase it if log-probs change
 
 
 def current_fingerprint(trainer: Any) -> str | None:
-    """Give the fingerprint, taken again when training has gone on since: not all that is trained is an adapter."""
+    """Return the fingerprint, computed again after training steps: not only adapters may have changed."""
     step = trainer.state.global_step
     if trainer._reference_fingerprint is None or trainer._reference_fingerprint[0] != step:
         trainer._reference_fingerprint = (step, reference_fingerprint(trainer))
-    fingerprint: str | None = trainer._reference_fingerprint[1]
-    return fingerprint
+    return trainer._reference_fingerprint[1]  # type: ignore[no-any-return]
 
 
 def reference_fingerprint(trainer: Any) -> str | None:
     """Hash a trainer's reference: weights, buffers, quantisation state, configuration and precision of the forward.
 
-    The reference is the explicit one, else the policy without its adapter or with the frozen one that TRL calls "ref",
-    else the policy. Without an adapter the base has the fingerprint that it has in full training. Sharded weights are
-    gathered one by one, so their number of processes does not count; with FSDP 1 it does. Gives None, with a warning,
-    where weights are not in memory (offloaded): then nothing is read from the cache or written to it. Raises InputError
-    where processes hold different weights, of which all but one kind must be wrong.
+    The reference is `ref_model`; else the policy without its adapter, or with the frozen adapter that TRL names "ref";
+    else the policy. Sharded weights are gathered one by one, so the fingerprint is the same for any number of
+    processes, except with FSDP 1. If weights are offloaded, returns None, with a warning: the cache is not used. Raises
+    InputError if processes hold different weights.
     """
     accelerator = trainer.accelerator
     model = accelerator.unwrap_model(trainer.model if trainer.ref_model is None else trainer.ref_model)
@@ -78,8 +76,8 @@ def reference_fingerprint(trainer: Any) -> str | None:
         return hashlib.sha256("".join(digests).encode()).hexdigest()
     if len(set(digests)) > 1:
         raise InputError(
-            "The processes hold different weights of the reference, so its log-probs cannot be precomputed together; "
-            "set precompute_ref_log_probs=False."
+            "precompute_ref_log_probs: processes hold different weights of the reference. Set "
+            "precompute_ref_log_probs=False."
         )
     return digest
 
@@ -89,7 +87,7 @@ _UNRELATED = {
     *("output_attentions", "output_hidden_states", "return_dict", "output_router_logits"),
     *("base_model_name_or_path", "revision", "inference_mode", "task_type"),
 }
-"""Settings of a model or adapter that say where it came from or what it returns. Its dtype is that of its weights."""
+"""Settings of a model or adapter that change no log-prob. Its dtype is that of its weights."""
 
 
 def _settings(values: Any) -> Any:
@@ -107,12 +105,10 @@ def _digest_of(tensors: Iterable[tuple[str, Any]], about: Mapping[str, Any]) -> 
     whole = True
     for name, value in tensors:
         digest.update(name.encode())
-        with _gathered(value):  # by all processes, so there is no leaving early
+        with _gathered(value):  # by all processes, so none may return early
             try:
                 update_digest(digest, value)
-            except NotImplementedError:
-                # A meta tensor, as of offloaded weights, has no bytes to read: then there is no fingerprint, and the
-                # caller warns that nothing is cached.
+            except NotImplementedError:  # a meta tensor, of offloaded weights; the caller warns
                 whole = False
     return digest.hexdigest() if whole else None
 
@@ -125,7 +121,7 @@ def update_digest(digest: Any, value: Any) -> None:
         value = value.full_tensor()
     if not isinstance(value, Tensor):
         digest.update(repr(value).encode())
-    elif type(value) is not nn.Parameter and hasattr(value, "__tensor_flatten__"):  # a wrapper, as torchao's
+    elif type(value) is not nn.Parameter and hasattr(value, "__tensor_flatten__"):  # a wrapper, such as torchao's
         names, context = value.__tensor_flatten__()
         digest.update(f"{type(value).__name__} {names} {context}".encode())
         for name in names:
@@ -137,7 +133,7 @@ def update_digest(digest: Any, value: Any) -> None:
 
 
 def _gathered(value: Any) -> AbstractContextManager[Any]:
-    """Hold a parameter together that ZeRO-3 has spread over the processes."""
+    """Gather a parameter that ZeRO-3 has sharded."""
     if not hasattr(value, "ds_id"):
         return nullcontext()
     import deepspeed
@@ -147,7 +143,7 @@ def _gathered(value: Any) -> AbstractContextManager[Any]:
 
 
 def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Give parameters and buffers, and what else makes up a state, as the scales of quantised weights."""
+    """Yield parameters, buffers, and other tensors of the state, such as the scales of quantised weights."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     yield from sorted(named.items())
     if getattr(model, "is_quantized", False):
@@ -155,7 +151,7 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _reference_tensors(model: Any, adapter: str | None) -> Iterator[tuple[str, Any]]:
-    """Give the tensors of a PEFT model's base, named as without PEFT, and those of one adapter."""
+    """Yield the tensors of a PEFT model's base, named as without PEFT, and those of one adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -164,9 +160,9 @@ def _reference_tensors(model: Any, adapter: str | None) -> Iterator[tuple[str, A
     wrapped = {name for name, module in base.named_modules() if isinstance(module, wrappers)}
     for name, value in _all_tensors(base):
         parts = name.split(".")
-        inside = [at for at in range(1, len(parts)) if ".".join(parts[:at]) in wrapped]
-        if all(parts[at] in ("base_layer", "original_module") for at in inside):
-            yield ".".join(part for at, part in enumerate(parts) if at not in inside), value
+        inside = [index for index in range(1, len(parts)) if ".".join(parts[:index]) in wrapped]
+        if all(parts[index] in ("base_layer", "original_module") for index in inside):
+            yield ".".join(part for index, part in enumerate(parts) if index not in inside), value
         elif adapter in parts:
             yield name, value
     if adapter is not None:

@@ -1,8 +1,9 @@
-"""`run.json`: what a training run was asked for and what it ran on, for whoever reads its folder later."""
+"""`run.json`: the settings of a training run and the versions of its packages."""
 
 import dataclasses
 import json
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,43 +13,24 @@ from apo_trl.io.files import atomic_write
 __all__ = ["write_run"]
 
 _PACKAGES = ("apo-trl", "trl", "transformers", "torch", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes")
-_SECRET = ("token", "api_key")
-_PLAIN = (str, int, float, list, dict, type(None))  # and no object that the host made of a setting
+_PLAIN = (str, int, float, list, dict, type(None))  # TRL turns some settings into objects
 
 
-def write_run(run: Any) -> Path:
-    """Write `run.json` into the output folder of a run (`train.Run`): its settings that differ from the defaults.
-
-    No setting that can hold a key is among them.
-    """
+def write_run(run: Any) -> None:
+    """Write `run.json` of an `arguments.Run`: its settings that differ from the defaults, without API keys."""
     settings: dict[str, Any] = {}
     for part in (run.script, run.training, run.model):
         for field in dataclasses.fields(part):
-            value = getattr(part, field.name)
-            secret = any(word in field.name for word in _SECRET) and isinstance(value, str)
-            if value != _default(field) and not secret and isinstance(value, _PLAIN):
+            value, factory = getattr(part, field.name), field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            secret = isinstance(value, str) and ("token" in field.name or "api_key" in field.name)
+            if value != default and not secret and isinstance(value, _PLAIN):
                 settings[field.name] = value
-    path = Path(run.training.output_dir) / "run.json"
-    record = {
-        "model": run.model.model_name_or_path,
-        "dataset": run.script.dataset_name,
-        "settings": settings,
-        "versions": {"python": platform.python_version()} | _versions(),
-    }
-    with atomic_write(path) as beside:
-        beside.write_text(json.dumps(record, indent=2, default=str, sort_keys=True) + "\n", encoding="utf-8")
-    return path
-
-
-def _default(field: "dataclasses.Field[Any]") -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
+    versions = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):  # of an extra
+            versions[name] = version(name)
+    record = {"model": run.model.model_name_or_path, "dataset": run.script.dataset_name}
+    record |= {"settings": settings, "versions": versions}
+    with atomic_write(Path(run.training.output_dir) / "run.json") as beside:
+        beside.write_text(json.dumps(record, indent=2, default=str, sort_keys=True) + "\n", encoding="utf-8")

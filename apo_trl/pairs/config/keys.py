@@ -1,17 +1,18 @@
-"""What a pairs recipe can say: its flat keys as two dataclasses, one for the run and one for each model."""
+"""The keys of a pairs recipe as two pydantic models: `Settings` for the run and `Role` for each model."""
 
-import dataclasses
+import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import from_json
 
 from apo_trl.errors import InputError
-from apo_trl.pairs.config.values import key
 
-__all__ = ["DEFAULTS", "FIELDS", "METHODS", "PROTOCOLS", "ROLES", "ROLE_FIELDS", "USED", "Role", "Settings", "shard_of"]
+__all__ = ["DEFAULTS", "METHODS", "ROLES", "USED", "Role", "Settings", "kind_of", "shard_of"]
 
 METHODS = {
     "clair": "the policy's answer is rejected, its minimal revision chosen",
@@ -26,39 +27,73 @@ ROLES = {
     "judge": "the model that compares or scores answers",
     "stronger": "the model whose own answer is preferred",
 }
-USED = {
-    "clair": {"policy", "reviser"},
-    "on_policy_judge": {"policy", "judge"},
-    "off_policy_judge": {"policy", "judge"},
-    "stronger_preferred": {"policy", "stronger"},
-    "judge_then_clair": {"policy", "judge", "reviser"},
-}
-PROTOCOLS = ("pairwise", "pointwise", "reward_model")
+_PART_OF_METHODS = {"policy": "", "reviser": "clair", "judge": "judge", "stronger": "stronger"}  # that use the role
+USED = {method: {role for role, part in _PART_OF_METHODS.items() if part in method} for method in METHODS}
+# Other defaults than a role's: the paper's reviser had 4,096 tokens (arXiv 2408.06266, the authors' notebook).
+DEFAULTS: dict[str, Any] = {"policy": {"temperature": 1}, "reviser": {"max_tokens": 4096}, "judge": {"temperature": 0}}
+_Protocol = Literal["pairwise", "pointwise", "reward_model"]
+_KINDS = {int: "INT", float: "FLOAT", bool: "BOOL", list[str]: "LIST", dict[str, Any]: "MAP"}
+_DESCRIBED = {"num_responses", "seed", "judge_protocol", "judge_margin", "max_edit_distance", "max_length_ratio"}
+_DESCRIBED_OF_ROLE = {"temperature", "top_p", "max_tokens", "extra_body", "system_prompt"}
 
 
-@dataclass(frozen=True, eq=False)  # hashed by identity: one object is one model
-class Role:
-    """How one model is asked. Every field is a key after the name of its role, as in `policy_temperature`."""
+def kind_of(field: FieldInfo) -> str:
+    """Return the type of a key's value: STR, INT, FLOAT, BOOL, MAP or LIST (of strings)."""
+    types: tuple[Any, ...] = (field.annotation, *get_args(field.annotation))
+    return next((_KINDS[part] for part in types if part in _KINDS), "STR")
+
+
+def _key(default: Any, description: str, **bounds: Any) -> Any:
+    return Field(default, description=description, **bounds)
+
+
+class _Keys(BaseModel):
+    """Values of YAML and strings of the command line, read alike. No message may repeat a string: it may be a key."""
+
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = kind_of(cls.model_fields[str(info.field_name)])
+        if value in (None, "null", "none", "None"):
+            return {} if kind == "MAP" else None
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            raise ValueError("must be UTF-8")
+        if kind == "MAP":
+            try:  # through JSON: YAML has dates and more, which no request can send
+                return from_json(value if isinstance(value, str) else json.dumps(value), allow_inf_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ValueError("must be a map of JSON values") from error
+        if kind in ("INT", "FLOAT") and isinstance(value, bool):
+            raise ValueError("must be a number, got a boolean")
+        return value
+
+
+class Role(_Keys):
+    """One model and how to send requests to it. Each field is a key after its role's name, as `policy_temperature`."""
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # one object is one model, also as a key of a dict
 
     name: str
-    model: str | None = key(None, "its name at the server, or a folder or hub name to be run in this process")
-    base_url: str | None = key(None, "OpenAI-compatible API, as http://127.0.0.1:8000/v1; without it: in this process")
-    api_key_env: str | None = key(None, "the environment variable that holds the key")
-    temperature: float | None = key(None, "null leaves it out", "float")
-    top_p: float | None = key(None, "", "float")
-    max_tokens: int | None = key(None, "of one answer; null leaves it out", "int")
-    extra_body: Mapping[str, Any] = key(None, "more of the request's body, as {min_p: 0.05}", "map")
-    system_prompt: str | None = key(None, "for conversations that have none (policy and stronger)")
-    template: str | None = key(None, "a Jinja file instead of the packaged one (reviser and judge)")
-    timeout: float = key(600.0, "seconds for one try", "float")
-    max_retries: int = key(5, "tries after the first, at 408, 409, 429, 5xx and broken connections", "int")
-    requests_per_minute: float | None = key(None, "", "float")
-    tokens_per_minute: float | None = key(None, "of prompt and answer together", "float")
-    input_price: float = key(0.0, "for a million prompt tokens", "float")
-    output_price: float = key(0.0, "for a million answer tokens", "float")
-    batch_size: int = key(8, "in this process: answers made together", "int")
-    dtype: str | None = key(None, "in this process: float32, bfloat16, float16", "str")
-    device: str | None = key(None, "in this process: cpu, cuda, ...")
+    model: str | None = _key(None, "its name at the server, or a folder or hub name to load in this process")
+    base_url: str | None = _key(None, "OpenAI-compatible API, as http://127.0.0.1:8000/v1; without it: in this process")
+    api_key_env: str | None = _key(None, "the environment variable that holds the key")
+    temperature: float | None = _key(0.7, "null leaves it out", ge=0)
+    top_p: float | None = _key(None, "null leaves it out", ge=0, le=1)
+    max_tokens: int | None = _key(1024, "of one answer; null leaves it out", ge=1)
+    extra_body: dict[str, Any] = _key({}, "more fields of the request body, as {min_p: 0.05}")
+    system_prompt: str | None = _key(None, "for conversations that have none (policy and stronger)")
+    template: str | None = _key(None, "a Jinja file instead of the packaged one (reviser and judge)")
+    timeout: float = _key(600.0, "seconds for one try", gt=0)
+    max_retries: int = _key(5, "tries after the first, at 408, 409, 429, 5xx and broken connections", ge=0)
+    requests_per_minute: float | None = _key(None, "rate limit", gt=0)
+    tokens_per_minute: float | None = _key(None, "rate limit of prompt and answer tokens together", gt=0)
+    input_price: float = _key(0.0, "for a million prompt tokens", ge=0)
+    output_price: float = _key(0.0, "for a million answer tokens", ge=0)
+    batch_size: int = _key(8, "in this process: answers generated together", ge=1)
+    dtype: str | None = _key(None, "in this process: float32, bfloat16, float16")
+    device: str | None = _key(None, "in this process: cpu, cuda, ...")
 
     @property
     def api_key(self) -> str:
@@ -67,105 +102,82 @@ class Role:
 
     @property
     def public_model(self) -> str:
-        """The model's name as others may read it: of a folder on this machine, its last part."""
+        """The model's name as others may read it: the last part of a local path."""
         name = self.model or ""
-        if re.match(r"[/~.\\]|[A-Za-z]:\\", name) or (not self.base_url and Path(name).is_dir()):
-            return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-        return name
+        is_path = re.match(r"[/~.\\]|[A-Za-z]:\\", name) or (not self.base_url and Path(name).is_dir())
+        return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
 
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
-        """Money for so many tokens."""
+        """Compute the price of these tokens."""
         return (prompt_tokens * self.input_price + completion_tokens * self.output_price) / 1e6
 
 
-# The paper's reviser was asked at 0.7 with 4,096 tokens (arXiv 2408.06266, the authors' notebook).
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "policy": {"temperature": 1.0, "max_tokens": 1024},
-    "reviser": {"temperature": 0.7, "max_tokens": 4096},
-    "judge": {"temperature": 0.0, "max_tokens": 1024},
-    "stronger": {"temperature": 0.7, "max_tokens": 1024},
-}
+class Settings(_Keys):
+    """A whole recipe. The keys of the roles are in `policy`, `reviser`, `judge` and `stronger`."""
 
-
-@dataclass(frozen=True)
-class Settings:
-    """A whole recipe. The roles' keys are in `policy`, `reviser`, `judge` and `stronger`."""
-
-    method: str = key("", "one of " + ", ".join(METHODS))
-    prompts: str = key("", "a .jsonl, .json or .parquet file with `prompt` or `messages`, or a dataset of the hub")
-    output_dir: str = key("", "where the pairs and the store go; the same folder again goes on")
-    prompts_split: str = key("train", "the split of a hub dataset")
-    max_prompts: int | None = key(None, "only the first so many", "int")
-    num_responses: int | None = key(None, "answers sampled for each prompt (2; clair and stronger_preferred: 1)", "int")
-    seed: int = key(0, "of sampling", "int")
-    concurrency: int = key(32, "requests in flight at each server", "int")
-    max_requests: int | None = key(
-        None, "stop before more, counted over all runs into output_dir; 0: ask nobody", "int"
+    method: str = _key(..., f"one of {', '.join(METHODS)}", pattern=f"^({'|'.join(METHODS)})$")
+    prompts: str = _key(..., "a .jsonl, .json or .parquet file or a hub dataset, of prompts or messages", min_length=1)
+    output_dir: str = _key(..., "the folder of the pairs and the cache; the same folder again resumes", min_length=1)
+    prompts_split: str = _key("train", "the split of a hub dataset")
+    max_prompts: int | None = _key(None, "maximum number of prompts", ge=1)
+    num_responses: int | None = _key(None, "answers sampled for each prompt (2; clair and stronger_preferred: 1)", ge=1)
+    seed: int = _key(0, "of sampling")
+    concurrency: int = _key(32, "requests in flight at each server", ge=1)
+    max_requests: int | None = _key(None, "limit over all runs into output_dir; 0 uses cached responses only", ge=0)
+    max_cost: float | None = _key(None, "limit over all runs into output_dir, in the unit of the prices", ge=0)
+    max_failures: int = _key(20, "failed requests in a row that stop the run", ge=1)
+    judge_protocol: _Protocol = _key(
+        "pairwise", "pairwise (both orders), pointwise (scores), reward_model (a classifier)"
     )
-    max_cost: float | None = key(None, "stop before more money, counted over all runs into output_dir", "float")
-    max_failures: int = key(20, "stop after so many failed requests in a row: the server is down", "int")
-    judge_protocol: str = key("pairwise", "pairwise (both orders), pointwise (scores), reward_model (a classifier)")
-    judge_margin: float = key(1.0, "smallest difference of scores that is a win (pointwise, reward_model)", "float")
-    max_edit_distance: float = key(0.85, "of a revision: normalised Levenshtein distance, 0 to 1", "float")
-    max_length_ratio: float = key(2.5, "of a revision: characters of the longer over the shorter", "float")
-    tokenizer: str | None = key(None, "the training model's, to measure pairs in tokens and after truncation")
-    max_length: int | None = key(None, "of training: pairs made identical by it are dropped (needs tokenizer)", "int")
-    eval_sets: Sequence[str] = key((), "files of evaluation prompts to look for among the prompts", "list")
-    shard: str | None = key(None, "i/n: only this share of the prompts, for array jobs")
-    dry_run: bool = key(False, "say how many requests and tokens it would take, and send none", "bool")
-    policy: Sequence[Role] = ()
-    reviser: Role = Role("reviser")
-    judge: Role = Role("judge")
-    stronger: Role = Role("stronger")
+    judge_margin: float = _key(1.0, "smallest difference of scores that is a win (pointwise, reward_model)", ge=0)
+    max_edit_distance: float = _key(0.85, "of a revision: normalised Levenshtein distance, 0 to 1", ge=0, le=1)
+    max_length_ratio: float = _key(2.5, "of a revision: characters of the longer over the shorter", ge=1)
+    tokenizer: str | None = _key(None, "the training model's, to measure pairs in tokens and after truncation")
+    max_length: int | None = _key(None, "of training: drops pairs that it makes identical (needs tokenizer)", ge=1)
+    eval_sets: list[str] = _key([], "files of evaluation prompts to look for among the prompts")
+    shard: str | None = _key(None, "i/n: only this share of the prompts, for array jobs")
+    dry_run: bool = _key(False, "estimate requests and tokens, and send nothing")
+    policy: tuple[Role, ...] = ()
+    reviser: Role = Role(name="reviser")
+    judge: Role = Role(name="judge")
+    stronger: Role = Role(name="stronger")
 
     @property
     def roles(self) -> list[Role]:
-        """The roles that the method uses and that the recipe fills."""
-        used = USED[self.method]
-        single = [role for role in (self.reviser, self.judge, self.stronger) if role.name in used]
-        return [role for role in (*self.policy, *single) if role.model]
+        """The roles that the method uses and that have a model."""
+        roles = (*self.policy, self.reviser, self.judge, self.stronger)
+        return [role for role in roles if role.model and role.name in USED[self.method]]
 
     @property
     def responses(self) -> int:
-        """How many answers a prompt needs."""
-        if self.method in ("clair", "stronger_preferred"):
-            return 1
-        return self.num_responses or max(2, len(self.policy) if self.method == "off_policy_judge" else 2)
-
-    def scores(self, role: Role) -> bool:
-        """Say whether a role is a reward model."""
-        return role.name == "judge" and self.judge_protocol == "reward_model"
-
-    def described(self) -> dict[str, Any]:
-        """Give what determines the pairs, for the report: no place of a server, no name of a variable, no path."""
-        shown = {key: getattr(self, key) for key in _SHOWN if getattr(self, key) != FIELDS[key].default}
-        for role in self.roles:
-            named = {name: getattr(role, name) for name in _SHOWN_OF_ROLE} | {"model": role.public_model}
-            if role.template:
-                named["template"] = Path(role.template).name
-            shown |= {f"{role.name}_{name}": value for name, value in named.items() if value not in (None, {}, "")}
-        if len(self.policy) > 1:
-            shown["policy_model"] = [role.public_model for role in self.policy]
-        return shown
+        """The number of answers that a prompt needs."""
+        return self.num_responses or max(2, len(self.policy)) if "judge" in USED[self.method] else 1
 
     @property
     def folder(self) -> Path:
-        """Where this run writes: `output_dir`, or its part for a shard."""
-        if not self.shard:
-            return Path(self.output_dir)
-        index, count = shard_of(self.shard)
-        return Path(self.output_dir) / "shards" / f"{index}-of-{count}"
+        """The folder that this run writes to: `output_dir`, or the part of a shard in it."""
+        part = "shards/{}-of-{}".format(*shard_of(self.shard)) if self.shard else ""
+        return Path(self.output_dir, part)
+
+    def scores(self, role: Role) -> bool:
+        """Return whether a role is a reward model."""
+        return role.name == "judge" and self.judge_protocol == "reward_model"
+
+    def described(self) -> dict[str, Any]:
+        """Return what determines the pairs, for the report: without URLs, names of variables and paths."""
+        described = {"method": self.method} | self.model_dump(include=_DESCRIBED, exclude_defaults=True)
+        for role in self.roles:
+            values = {"model": role.public_model, "template": Path(role.template or "").name}
+            values |= role.model_dump(include=_DESCRIBED_OF_ROLE)
+            described |= {f"{role.name}_{name}": value for name, value in values.items() if value not in (None, {}, "")}
+        if len(self.policy) > 1:
+            described["policy_model"] = [role.public_model for role in self.policy]
+        return described
 
 
 def shard_of(text: str) -> tuple[int, int]:
     """Read "i/n". Array jobs count from 0 or from 1: n/n is the same share as 0/n."""
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text.strip())
     if not match or not int(match[2]) or int(match[1]) > int(match[2]):
-        raise InputError(f"shard: '{text[:40]}' is no share; write i/n with i from 0 to n, as in 1/8.")
+        raise InputError("shard: must be i/n with i from 0 to n. Write it as 1/8.")
     return int(match[1]) % int(match[2]), int(match[2])
-
-
-ROLE_FIELDS = {field.name: field for field in dataclasses.fields(Role) if field.metadata}
-FIELDS = {field.name: field for field in dataclasses.fields(Settings) if field.metadata}
-_SHOWN = ("method", "num_responses", "seed", "judge_protocol", "judge_margin", "max_edit_distance", "max_length_ratio")
-_SHOWN_OF_ROLE = ("model", "temperature", "top_p", "max_tokens", "extra_body", "system_prompt")

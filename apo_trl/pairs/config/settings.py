@@ -1,231 +1,139 @@
-"""From a recipe's file and the flags over it to Settings that are checked before anything is asked.
-
-Not read by the host's parser: TRL's imports torch, and whoever asks a server needs neither its seconds nor its
-memory. The file and the flags look the same.
-"""
+"""Read and check a pairs recipe and the command line, without TRL's parser, which imports torch."""
 
 import argparse
-import math
 import os
 import re
-import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
 from apo_trl.errors import InputError, nearest
-from apo_trl.pairs.config.keys import (
-    DEFAULTS,
-    FIELDS,
-    METHODS,
-    PROTOCOLS,
-    ROLE_FIELDS,
-    ROLES,
-    USED,
-    Role,
-    Settings,
-    shard_of,
-)
-from apo_trl.pairs.config.values import read
+from apo_trl.io.resources import find_recipe, read_yaml
+from apo_trl.pairs.config.keys import DEFAULTS, METHODS, ROLES, USED, Role, Settings, kind_of, shard_of
 
-__all__ = [
-    "METHODS",
-    "ROLES",
-    "Role",
-    "Settings",
-    "add_arguments",
-    "known_keys",
-    "make_settings",
-    "parse",
-    "shard_of",
-    "unknown_key",
-]
+__all__ = ["METHODS", "Role", "Settings", "add_arguments", "known_keys", "make_settings", "parse", "unknown_key"]
 
-_MANY = {"model", "base_url", "api_key_env"}  # of the policy: one for each of several servers
-_LEAST = {  # the smallest value, and what goes beyond the largest
-    "concurrency": 1, "max_failures": 1, "max_prompts": 1, "max_requests": 0, "max_length": 1, "num_responses": 1,
-    "max_cost": 0, "judge_margin": 0, "max_edit_distance": 0, "max_length_ratio": 1, "temperature": 0, "top_p": 0,
-    "max_tokens": 1, "max_retries": 0, "input_price": 0, "output_price": 0, "batch_size": 1,
-}  # fmt: skip
-_MOST = {"max_edit_distance": 1, "top_p": 1}
-_ABOVE_0 = {"timeout", "requests_per_minute", "tokens_per_minute"}
+_MANY = ("model", "base_url", "api_key_env")  # of the policy: one for each of several models
+_NO_KEY = re.compile(".*_name|(policy|stronger)_template|(reviser|judge)_system_prompt")
+_RESERVED = ("model", "temperature", "top_p", "max_tokens", "n", "seed", "messages", "stream")  # written by the run
+_SECRET = re.compile(r"api.?key|secret|password|authorization", re.IGNORECASE)
+_URL = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?(/[^\s?#]*)?")
+_USE_VARIABLE = "Put it into an environment variable, and set ROLE_api_key_env (as policy_api_key_env) to its name."
+_EXAMPLES = {"INT": 8, "FLOAT": 1.0, "BOOL": "true", "STR": "'text'", "LIST": "[one, two]", "MAP": "{min_p: 0.05}"}
 
 
-def known_keys() -> dict[str, Any]:
-    """Give every key of a recipe with its dataclass field: those of the run, then each role's after its name."""
-    keys = dict(FIELDS)
-    for role in ROLES:
-        keys |= {f"{role}_{name}": field for name, field in ROLE_FIELDS.items()}
-    return keys
+def known_keys() -> dict[str, FieldInfo]:
+    """Return every key of a recipe with its pydantic field: those of the run, then each role's after its name."""
+    keys = {name: field for name, field in Settings.model_fields.items() if name not in ROLES}
+    of_roles = {f"{role}_{name}": field for role in ROLES for name, field in Role.model_fields.items()}
+    return keys | {key: field for key, field in of_roles.items() if not _NO_KEY.fullmatch(key)}
 
 
-def add_arguments(parser: argparse.ArgumentParser, keys: Iterable[str] | None = None) -> None:
-    """Add every key as a flag, or only some."""
-    known = known_keys()
-    wanted = set(known if keys is None else keys)
-    general = parser.add_argument_group("the run")
-    groups = {
-        role: parser.add_argument_group(f"{role}: {text}")
-        for role, text in ROLES.items()
-        if any(key.startswith(f"{role}_") for key in wanted - set(FIELDS))
-    }
-    for key, entry in known.items():
-        if key not in wanted:
+def add_arguments(parser: argparse.ArgumentParser, keys: Container[str] | None = None) -> None:
+    """Add every key as a flag, or only `keys`."""
+    titles = {"": "the run"} | {role: f"{role}: {text}" for role, text in ROLES.items()}
+    groups: dict[str, Any] = {role: parser.add_argument_group(title) for role, title in titles.items()}
+    for key, field in known_keys().items():
+        if keys is not None and key not in keys:
             continue
-        role = key.split("_")[0] if key not in FIELDS else None
-        shown = DEFAULTS[role].get(entry.name, entry.default) if role else entry.default
-        default = f" (default: {shown})" if isinstance(shown, (int, float, str)) and shown not in ("", ()) else ""
-        (groups[role] if role else general).add_argument(
-            f"--{key}",
-            nargs="?" if entry.metadata["kind"] == "bool" else "+" if _many(key, entry) else None,
-            const="true" if entry.metadata["kind"] == "bool" else None,
-            metavar=entry.metadata["kind"].upper(),
-            default=argparse.SUPPRESS,
-            help=(entry.metadata["help"] + default).strip() or None,
-        )
+        role, _, name = ("", "", key) if key in Settings.model_fields else key.partition("_")
+        default, kind = DEFAULTS.get(role, {}).get(name, field.default), kind_of(field)
+        shown = f" (default: {default})" if isinstance(default, (int, float, str)) else ""
+        many = kind == "LIST" or (role == "policy" and name in _MANY)
+        values = {"nargs": "?", "const": "true"} if kind == "BOOL" else {"nargs": "+"} if many else {}
+        help = f"{field.description}{shown}"
+        groups[role].add_argument(f"--{key}", metavar=kind, default=argparse.SUPPRESS, help=help, **values)
 
 
 def parse(recipe: str, flags: Mapping[str, Any], *, environment: bool = True) -> Settings:
-    """Read a recipe's file and put the flags of the command line over it.
-
-    Without `environment`, variables that hold keys need not be set: a recipe is checked elsewhere than it is run.
-    """
-    from apo_trl.io.resources import find_recipe, read_yaml
-
+    """Read and check a recipe, a file or a packaged name, with `flags` in place of its values."""
     return make_settings(read_yaml(find_recipe(recipe)) | dict(flags), environment=environment)
 
 
 def make_settings(values: Mapping[str, Any], *, environment: bool = True) -> Settings:
-    """Check the keys of a recipe, and give them as Settings. Raises InputError with the key and the remedy."""
+    """Check the keys and values of a recipe, and with `environment` also the variables that hold keys."""
     known = known_keys()
-    for key in values:
-        if key not in known:
-            raise InputError(unknown_key(str(key), known))
-    given = {key: read(key, known[key], value, many=_many(key, known[key])) for key, value in values.items()}
-    roles: dict[str, Any] = {role: Role(role, **_of_role(role, given)) for role in ROLES if role != "policy"}
-    roles["policy"] = _policies(_of_role("policy", given))
-    made = Settings(**{key: value for key, value in given.items() if key in FIELDS}, **roles)
-    _check(made)
-    for role in made.roles:
-        if environment and not made.dry_run and role.api_key_env is not None:
-            _check_key(role, os.environ.get(role.api_key_env, ""))
-    return made
+    if unknown := [str(key) for key in values if key not in known]:
+        raise InputError(unknown_key(unknown[0], known))
+    roles: dict[str, Any] = {}
+    for role in ROLES:
+        fields = {"name": role, **DEFAULTS.get(role, {})}
+        fields |= {name: values[key] for name in Role.model_fields if (key := f"{role}_{name}") in values}
+        roles[role] = _policies(fields) if role == "policy" else _validated(Role, fields, f"{role}_")
+    settings: Settings = _validated(Settings, dict(values) | roles)
+    _check(settings)
+    for model in settings.roles:
+        _check_role(model, environment and not settings.dry_run)
+    return settings
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """Say what to do about a key that is none of the known ones; its value is not repeated."""
-    if re.search(r"api_?key", key, re.IGNORECASE):
-        role = next((role for role in ROLES if key.startswith(f"{role}_")), "ROLE")
-        return f"{key}: a key does not belong in a recipe; name its environment variable as {role}_api_key_env."
-    hint = nearest(key, known) or " `apo-trl pairs build --help` shows them all."
-    return f"There is no key '{key[:60]}'.{hint}"
+    """Return the message for an unknown key, without its value."""
+    if _SECRET.search(key):
+        return f"{key}: a key does not belong in a recipe. {_USE_VARIABLE}"
+    return f"{key[:60]}: unknown key.{nearest(key, known) or ' `apo-trl pairs build --help` lists all.'}"
 
 
-def _many(key: str, entry: Any) -> bool:
-    return entry.metadata["kind"] == "list" or (key.startswith("policy_") and entry.name in _MANY)
-
-
-def _of_role(role: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    named = {name: f"{role}_{name}" for name in ROLE_FIELDS}
-    return DEFAULTS[role] | {name: given[key] for name, key in named.items() if key in given}
-
-
-def _policies(given: dict[str, Any]) -> tuple[Role, ...]:
-    models = given.get("model") or [None]
-    if len(models) > 1 and not all(models):
-        raise InputError("policy_model: one of several is empty; name them all.")
-    spread = {}
-    for name in ("base_url", "api_key_env"):
-        values = given.get(name) or [None]
-        if len(values) not in (1, len(models)):
-            raise InputError(f"policy_{name}: {len(values)} for {len(models)} models; give one, or one for each.")
-        spread[name] = values * len(models) if len(values) == 1 else values
-    return tuple(
-        Role("policy", **given | {"model": model} | {name: values[at] for name, values in spread.items()})
-        for at, model in enumerate(models)
-    )
-
-
-def _check(made: Settings) -> None:
-    if made.method not in METHODS:
-        raise InputError(
-            f"method: '{made.method[:60]}' is none.{nearest(made.method, METHODS)} Take one of {', '.join(METHODS)}."
-        )
-    for key in ("prompts", "output_dir"):
-        if not getattr(made, key):
-            raise InputError(f"{key} is missing; it says {FIELDS[key].metadata['help']}.")
-    if made.judge_protocol not in PROTOCOLS:
-        raise InputError(
-            f"judge_protocol: '{made.judge_protocol[:60]}' is none.{nearest(made.judge_protocol, PROTOCOLS)} Take one "
-            f"of {', '.join(PROTOCOLS)}."
-        )
-    if made.judge_protocol == "reward_model" and made.judge.base_url:
-        raise InputError("judge_base_url: a reward_model is run in this process; leave it out, or judge pointwise.")
-    if made.shard:
-        shard_of(made.shard)
-    if made.max_length is not None and not made.tokenizer:
-        raise InputError("max_length needs `tokenizer`, the folder or hub name of the model that will be trained.")
-    if len(made.policy) > 1 and made.method != "off_policy_judge":
-        raise InputError(f"policy_model: {made.method} has one policy; name one, or take off_policy_judge.")
-    _check_bounds(made, "")
-    if "judge" in USED[made.method] and made.responses < 2:
-        raise InputError(f"num_responses: {made.responses} is too few; a judge needs at least 2 answers.")
-    for name in USED[made.method] - {"policy"}:
-        if not getattr(made, name).model:
-            raise InputError(f"{name}_model is missing; {made.method} needs {ROLES[name]}.")
-    for role in made.roles:
-        _check_role(role)
-    if made.max_cost is not None and not any(role.input_price or role.output_price for role in made.roles):
-        raise InputError("max_cost needs prices to count with; give input_price and output_price of a role that costs.")
-
-
-def _check_bounds(values: Settings | Role, prefix: str) -> None:
-    for name in [*_LEAST, *_ABOVE_0]:
-        value, least, most = getattr(values, name, None), _LEAST.get(name, 0), _MOST.get(name, math.inf)
-        if value is None or (value > least if name in _ABOVE_0 else least <= value <= most):
-            continue
-        due = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise InputError(f"{prefix}{name}: {value:g} cannot be; it must be {'above 0' if name in _ABOVE_0 else due}.")
-
-
-def _check_role(role: Role) -> None:
-    _check_bounds(role, f"{role.name}_")
-    if role.template and role.name not in ("reviser", "judge"):
-        raise InputError(f"{role.name}_template: only the reviser and the judge have one; leave it out.")
-    if role.template and not Path(role.template).is_file():
-        raise InputError(f"{role.name}_template: there is no file {role.template}; give the path of a Jinja file.")
-    if role.system_prompt and role.name not in ("policy", "stronger"):
-        raise InputError(
-            f"{role.name}_system_prompt: it stands in the template; change a copy of that and give it as "
-            f"{role.name}_template."
-        )
-    if role.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", role.api_key_env):
-        raise InputError(f"{role.name}_api_key_env must be the name of an environment variable, and not a key.")
-    if role.base_url is not None:
-        _check_url(f"{role.name}_base_url", role)
-
-
-def _check_url(key: str, role: Role) -> None:
-    """Refuse what is no URL, without repeating it: it may hold a secret."""
+def _validated(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> Any:
     try:
-        url = urllib.parse.urlsplit(role.base_url or "")
-        whole = url.scheme in ("http", "https") and url.hostname and (url.port is None or url.port > 0)
-    except ValueError:  # a port that is no number, half an IPv6 address
-        whole = False
-    if not whole or re.search(r"\s", role.base_url or ""):
-        raise InputError(f"{key} is no URL; write it as http://127.0.0.1:8000/v1.")
-    if "@" in url.netloc or url.query or url.fragment:
-        raise InputError(
-            f"{key} holds a secret or a query; put the key into an environment variable and name that in "
-            f"{role.name}_api_key_env."
-        )
+        return model.model_validate(values)
+    except ValidationError as invalid:
+        error: Mapping[str, Any] = invalid.errors(include_url=False)[0]
+    name, value = str(error["loc"][0]), error["input"]
+    field = model.model_fields[name]
+    if field.is_required() or error["type"] == "literal_error":
+        problem = f"not set, or invalid. Set it to {field.description}."
+    else:
+        shown = f", got {str(value)[:20]}" if isinstance(value, (int, float)) else ""
+        problem = re.sub("^Input should|^Value error, must", "must", error["msg"])
+        problem = f"{problem}{shown}. Set a value such as {_EXAMPLES[kind_of(field)]}."
+    raise InputError(f"{prefix}{name}: {problem}")  # not chained: the cause would repeat the value
 
 
-def _check_key(role: Role, key: str) -> None:
-    # The name is not repeated: whoever writes the key itself there should not find it in a log.
-    if not key.strip():
-        raise InputError(f"The environment variable that {role.name}_api_key_env names is not set; export it.")
-    if not re.fullmatch(r"[!-~]+", key.strip()):
-        raise InputError(
-            f"The environment variable that {role.name}_api_key_env names holds what no key can; export the key alone."
-        )
+def _policies(fields: dict[str, Any]) -> tuple[Role, ...]:
+    lists = {name: fields[name] for name in _MANY if fields.get(name) and isinstance(fields[name], list)}
+    count = len(lists.get("model", "-"))
+    for name, values in lists.items():
+        if len(values) not in (1, count):
+            raise InputError(f"policy_{name}: {len(values)} values for {count} models. Set one, or one for each.")
+    each = [{name: (values * count)[index] for name, values in lists.items()} for index in range(count)]
+    return tuple(_validated(Role, fields | own, "policy_") for own in each)
+
+
+def _check(settings: Settings) -> None:
+    method, policies = settings.method, settings.policy
+    if settings.judge_protocol == "reward_model" and settings.judge.base_url:
+        raise InputError("judge_base_url: not supported for a reward_model, which runs in this process. Leave it out.")
+    if settings.shard:
+        shard_of(settings.shard)
+    if settings.max_length is not None and not settings.tokenizer:
+        raise InputError("max_length: needs `tokenizer`. Set it to the folder or hub name of the model to be trained.")
+    if len(policies) > 1 and not (method == "off_policy_judge" and all(role.model for role in policies)):
+        raise InputError("policy_model: must be one name, or, for off_policy_judge only, several. Correct the list.")
+    if "judge" in USED[method] and settings.responses < 2:
+        raise InputError(f"num_responses: must be >= 2 for a judge, got {settings.responses}. Set 2 or more.")
+    for name in USED[method] - {"policy"}:
+        if not getattr(settings, name).model:
+            raise InputError(f"{name}_model: required by {method}, not set. Name {ROLES[name]}.")
+    if settings.max_cost is not None and not any(role.input_price or role.output_price for role in settings.roles):
+        raise InputError("max_cost: needs prices. Set input_price and output_price of a role.")
+
+
+def _check_role(role: Role, environment: bool) -> None:
+    for name in role.extra_body:
+        if name in _RESERVED:
+            raise InputError(f"{role.name}_extra_body: '{name}' is set by the run. Leave it out, or set its own key.")
+        if _SECRET.search(name):
+            raise InputError(f"{role.name}_extra_body: '{name}' looks like a key. {_USE_VARIABLE}")
+    if role.template and not Path(role.template).is_file():
+        raise InputError(f"{role.name}_template: file not found. Set the path of a Jinja file.")
+    if role.api_key_env is not None:
+        key = os.getenv(role.api_key_env, "").strip() if environment else "unknown"
+        if not role.api_key_env.isidentifier() or not re.fullmatch("[!-~]+", key):  # not repeated: it may be the key
+            raise InputError(f"{role.name}_api_key_env: must name a variable that is set to a key alone. Export it.")
+    if role.base_url is not None and not _URL.fullmatch(role.base_url):
+        example = "as http://127.0.0.1:8000/v1, without a key or a query"
+        raise InputError(f"{role.name}_base_url: invalid URL. Write it {example}. For a key: {_USE_VARIABLE}")

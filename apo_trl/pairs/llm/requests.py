@@ -1,8 +1,4 @@
-"""Asking for answers: looked up in the store first, sent only when they are not there, never sent twice at once.
-
-How they are sent is a function passed in: to a server or a model in this process (`servers`), into a batch file
-(`batch`), or to nobody, for a dry run (`estimate`).
-"""
+"""Requests for completions: read from the response cache first, else sent, and never sent twice at once."""
 
 import asyncio
 import hashlib
@@ -14,13 +10,16 @@ from apo_trl.io.messages import replace_surrogates
 from apo_trl.pairs.config.settings import Role, Settings
 from apo_trl.pairs.llm.response_cache import ResponseCache, reply_key
 
-__all__ = ["Dropped", "Reply", "Request", "Requester", "Send", "Stopped", "gather_all", "read_reply"]
+__all__ = [
+    "Dropped", "Reply", "Request", "RequestFailed", "Requester", "Send", "Stopped", "gather_all", "parameters_of",
+    "read_reply", "usage_of",
+]  # fmt: skip
 
 T = TypeVar("T")
 
 
 class Dropped(Exception):
-    """A row ends without a pair, under a name that is counted."""
+    """A row ends without a pair; rows are counted by `reason`."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -28,11 +27,19 @@ class Dropped(Exception):
 
 
 class Stopped(Exception):
-    """Nothing more is sent in this run."""
+    """This run sends no further requests."""
+
+
+class RequestFailed(Exception):
+    """A request failed after all retries, with an HTTP `status` and OpenAI's `code` if the server sent them."""
+
+    def __init__(self, message: str, status: int | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.status, self.code = message, status, code
 
 
 class Request(NamedTuple):
-    """One answer that is wanted; `body` is that of the request, less `seed`, which not every server takes."""
+    """A request for one completion; `body` is without `seed`, which some servers refuse."""
 
     key: str
     role: Role
@@ -44,7 +51,7 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What a model answered. `finish` is "stop" where it came to its end."""
+    """A completion; `finish` is "stop" if it is complete."""
 
     text: str
     finish: str
@@ -52,71 +59,76 @@ class Reply(NamedTuple):
 
 
 Send = Callable[[list[Request]], Awaitable[Mapping[str, Any]]]
-"""Send requests for samples of one answer and give the body of each by its key; raises Dropped or Stopped."""
+"""Send requests that differ in `sample` only; return the body of each response by key. Raises Dropped or Stopped."""
 
 
 class Requester:
-    """Asks on behalf of the rows."""
+    """Gets completions for the rows, from the cache or by `send`."""
 
     def __init__(self, settings: Settings, store: ResponseCache, send: Send) -> None:
         self._seed, self._store, self._send = settings.seed, store, send
-        self._busy: dict[str, asyncio.Future[None]] = {}
+        self._in_flight: dict[str, asyncio.Future[None]] = {}
 
     async def ask(
         self, role: Role, step: str, messages: list[dict[str, Any]], *, row: str, samples: range = range(1),
         template: str = "",
     ) -> list[Reply]:  # fmt: skip
-        """Give an answer for each sample.
-
-        Raises Dropped where a request failed for good, Stopped where nothing may be sent any more.
-        """
+        """Return a completion of the messages for each sample. Raises Dropped or Stopped, as `send`."""
         requests = [self._request(role, step, messages, row, sample, template) for sample in samples]
         bodies = {request.key: self._store.reply(request.key) for request in requests}
         while missing := [request for request in requests if bodies[request.key] is None]:
-            if busy := {self._busy[request.key] for request in missing if request.key in self._busy}:
-                await asyncio.wait(busy)  # another row asks the same just now
+            if waiting := {self._in_flight[request.key] for request in missing if request.key in self._in_flight}:
+                await asyncio.wait(waiting)  # for another row with an equal request
                 bodies |= {request.key: self._store.reply(request.key) for request in missing}
                 continue
             done = asyncio.get_running_loop().create_future()
-            self._busy |= {request.key: done for request in missing}
+            self._in_flight |= {request.key: done for request in missing}
             try:
                 bodies |= await self._send(missing)
             finally:
                 done.set_result(None)
                 for request in missing:
-                    del self._busy[request.key]
+                    del self._in_flight[request.key]
         return [read_reply(bodies[request.key]) for request in requests]
 
     def _request(
         self, role: Role, step: str, messages: list[dict[str, Any]], row: str, sample: int, template: str
     ) -> Request:
-        named = {"temperature": role.temperature, "top_p": role.top_p, "max_tokens": role.max_tokens}
-        parameters = {name: value for name, value in named.items() if value is not None} | dict(role.extra_body)
-        # The text of the messages once, for the key and for the seed: this is done for every request of every run.
+        parameters = parameters_of(role, role.max_tokens)
+        # Serialised once, for the key and for the seed: this runs for every request of every run.
         text = json.dumps([messages, self._seed, sample])
-        key = reply_key(
-            step=step, template=template, messages=text, model=role.model, base_url=role.base_url, parameters=parameters
-        )
+        source = {"model": role.model, "base_url": role.base_url, "parameters": parameters}
+        key = reply_key(step=step, template=template, messages=text, **source)
         body = {"model": role.model, "messages": messages, **parameters}
         return Request(key, role, step, row, sample, body, int(hashlib.sha256(text.encode()).hexdigest()[:7], 16))
 
 
+def parameters_of(role: Role, max_tokens: int | None) -> dict[str, Any]:
+    """Return the parameters that a role sends in every request, without those set to None."""
+    values = {"temperature": role.temperature, "top_p": role.top_p, "max_tokens": max_tokens}
+    return {name: value for name, value in values.items() if value is not None} | dict(role.extra_body)
+
+
 def read_reply(body: Any) -> Reply:
-    """Read the first answer in a response's body, in the format of OpenAI's chat completions."""
+    """Read the first choice of a response."""
     choice = body["choices"][0]
     message = choice.get("message") or {}
-    text = message.get("content")
-    return Reply(
-        replace_surrogates(text) if isinstance(text, str) else "",
-        choice.get("finish_reason") or "unknown",
-        bool(message.get("refusal")),
-    )
+    text = message["content"] if isinstance(message.get("content"), str) else ""
+    return Reply(replace_surrogates(text), choice.get("finish_reason") or "unknown", bool(message.get("refusal")))
+
+
+def usage_of(body: Any) -> tuple[int, int]:
+    """Return the tokens of prompt and completion that a response reports, 0 if it reports none."""
+    usage = body.get("usage")
+    counts = [usage.get(f"{part}_tokens") if isinstance(usage, dict) else 0 for part in ("prompt", "completion")]
+    prompt, completion = (count if isinstance(count, int) and count > 0 else 0 for count in counts)
+    return prompt, completion
 
 
 async def gather_all(*coroutines: Coroutine[Any, Any, T]) -> list[T]:
-    """Wait for all of them even where one raises, then raise the first exception: what was sent is still received."""
-    found = await asyncio.gather(*coroutines, return_exceptions=True)
-    for result in found:
+    """Wait for all coroutines even if one raises, so that every response is received; then raise the first error."""
+    results = await asyncio.gather(*coroutines, return_exceptions=True)
+    for result in results:
         if isinstance(result, BaseException):
             raise result
-    return found  # type: ignore[return-value]  # no exception is among them
+    return results  # type: ignore[return-value]  # no exception is among them

@@ -1,6 +1,6 @@
-"""Models behind an OpenAI-compatible API, and models in this process.
+"""Send requests to servers and to models in this process, and cache the responses.
 
-Tries after a failure are the SDK's alone: at 408, 409, 429 and 5xx, honouring Retry-After, and at broken connections.
+Of a server's optional features only `n` and `seed` are used; a probe finds out which of them it honours.
 """
 
 import asyncio
@@ -11,216 +11,169 @@ from typing import Any
 
 from apo_trl.pairs.config.settings import Role, Settings
 from apo_trl.pairs.llm.limits import Budget, RateLimiter, tokens_of
-from apo_trl.pairs.llm.local import Local
-from apo_trl.pairs.llm.probe import describe, probe
-from apo_trl.pairs.llm.requests import Dropped, Request, Stopped, gather_all
+from apo_trl.pairs.llm.requests import Dropped, Request, RequestFailed, gather_all, parameters_of, read_reply, usage_of
 from apo_trl.pairs.llm.response_cache import ResponseCache, reply_key
-from apo_trl.pairs.llm.wire import client_of, usage_of, words
 
 __all__ = ["Servers"]
 
-_PROBED = [{"role": "user", "content": "Say a random number of eight digits."}]
+Features = Mapping[str, bool | None]  # `n` and `seed`: True if honoured, False if ignored, None if refused
+
+_PROBE = [{"role": "user", "content": "Say a random number of eight digits."}]
 _REFUSED = (400, 404, 413, 415, 422)
-_START = "Start the server, or correct the URL."
-_REMEDIES: dict[int | None, str] = {
-    401: "Export the right key in the variable that the role's api_key_env names.",
-    403: "Export a key that may use this model in the variable that the role's api_key_env names.",
-    429: "Wait, or set the role's requests_per_minute or tokens_per_minute.",
-}
-_LEAVE_OUT = (
-    "Correct the URL or the model's name; a parameter that it refuses is left out by null, as in policy_top_p: null."
-)
-
-
-class _Failed(Dropped):
-    """A request failed after all its tries, with its HTTP `status`; `spent` where the account has no money left."""
-
-    def __init__(self, reason: str, detail: str, error: Exception) -> None:
-        super().__init__(reason, detail)
-        self.status: int | None = getattr(error, "status_code", None)
-        self.spent = getattr(error, "code", None) == "insufficient_quota"
-
-
-def _nowhere(line: str) -> None:
-    """Say nothing."""
 
 
 class Servers:
-    """Sends requests to where their role's model is, and stores what comes back. To be closed."""
+    """The models of a recipe's roles. To be closed."""
 
-    def __init__(self, settings: Settings, store: ResponseCache, say: Callable[[str], None] = _nowhere) -> None:
-        self._say = say
+    def __init__(self, settings: Settings, store: ResponseCache, say: Callable[[str], None]) -> None:
         self.limits = Budget(settings, store)
-        probed = {role: store.honours(_probe_of(role)[0]) for role in settings.roles if role.base_url}
-        self.notes = {_named(role): describe(found) for role, found in probed.items() if found}  # by earlier runs too
-        self._settings, self._store = settings, store
+        self._settings, self._store, self._say = settings, store, say
         self._secrets = [role.api_key for role in settings.roles if role.api_key_env]
-        self._slots = {role.base_url: asyncio.Semaphore(settings.concurrency) for role in settings.roles}
-        self._paces = {role: RateLimiter(role) for role in settings.roles}
-        self._clients: dict[Role, Any] = {}
-        self._locals: dict[Role, Local] = {}
-        self._probes: dict[Role, asyncio.Task[Mapping[str, Any]]] = {}
+        self._limiters = {role: RateLimiter(role) for role in settings.roles}
+        self._slots = {  # in this process one batch gathers while another one runs
+            role.base_url or role: asyncio.Semaphore(settings.concurrency if role.base_url else 2 * role.batch_size)
+            for role in settings.roles
+        }
+        self._backends: dict[Any, Any] = {}
+        self._probes: dict[Role, asyncio.Task[Features]] = {}
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """The features of each model's server, found by this run or an earlier one."""
+        features = {role: self._store.reply(_probe_request(role).key) for role in self._settings.roles}
+        return {f"{role.name} {role.public_model}": _describe(found) for role, found in features.items() if found}
 
     async def close(self) -> None:
         """Close connections and threads."""
-        for model in self._locals.values():
-            model.close()
-        for client in self._clients.values():
-            await client.close()
+        for backend in self._backends.values():
+            await backend.close()
 
     async def send(self, requests: list[Request]) -> Mapping[str, Any]:
-        """Get samples of one answer; see `asking.Send`."""
+        """Get completions for samples of one prompt, see `requests.Send`."""
         role = requests[0].role
         if self._settings.max_requests == 0:
             raise Dropped("not_answered")
-        if role.base_url is None:
-            return dict(await gather_all(*(self._in_process(request) for request in requests)))
         if role not in self._probes:
             self._probes[role] = asyncio.create_task(self._probe(role))
-        honours = await asyncio.shield(self._probes[role])
-        found: dict[str, Any] = {}
-        if len(requests) > 1 and honours.get("n"):
-            found = await self._answers(requests, honours)
-        rest = [request for request in requests if request.key not in found]
-        for more in await gather_all(*(self._answers([request], honours) for request in rest)):
-            found |= more
-        return found
+        features = await asyncio.shield(self._probes[role])
+        bodies = await self._complete(requests, features) if len(requests) > 1 and features.get("n") else {}
+        rest = [request for request in requests if request.key not in bodies]
+        for more in await gather_all(*(self._complete([request], features) for request in rest)):
+            bodies |= more
+        return bodies
 
-    async def _answers(self, requests: list[Request], honours: Mapping[str, Any]) -> dict[str, Any]:
-        """Send one request of the API for one or more samples."""
-        first, count = requests[0], len(requests)
-        body = first.body | ({"n": count} if count > 1 else {})
-        if honours.get("seed") is not None:
-            body = {"seed": first.seed} | body
+    async def _complete(self, requests: list[Request], features: Features) -> dict[str, Any]:
+        first, role, count = requests[0], requests[0].role, len(requests)
+        seed = {} if features.get("seed") is None else {"seed": first.seed}
+        body = first.body | seed | ({"n": count} if count > 1 else {})
         try:
-            text, answer = await self._post(first, body)
-        except _Failed as error:
-            self._store.fail(first.key, role=first.role.name, row=first.row, message=error.detail)
-            self.limits.failed(f"{first.role.name} at {first.role.base_url}: {error.detail}")
-            if error.spent:
-                self.limits.give_up(f"{_place(first.role)}: {error.detail}")
-            raise
-        found = {}
-        for request, choice in zip(requests, answer["choices"], strict=False):
-            one = answer if count == 1 else answer | {"choices": [choice]}
-            # The first of several answers carries the tokens of all: they cannot be told apart.
-            counted = (1, usage_of(answer)) if request is first else (0, (0, 0))
-            found[request.key] = self._keep(request, text if count == 1 else json.dumps(one), one, *counted)
-        return found
+            response = await self._post(first, body)
+        except RequestFailed as error:
+            if role.base_url:  # a model in this process refuses this request alone
+                self.limits.failed(f"{role.name} at {role.base_url}: {error.message}")
+            if error.code == "insufficient_quota":
+                self.limits.give_up(f"{_place(role)}: {error.message}")
+            raise Dropped(f"{role.name}_error", error.message) from error
+        return {
+            request.key: self._keep(request, response | {"choices": [choice]}, counted=request is first)
+            for request, choice in zip(requests, response["choices"], strict=False)
+        }
 
-    async def _post(self, request: Request, body: dict[str, Any]) -> tuple[str, Any]:
-        """Send one request of the API; give the response as text and as what it says."""
-        import httpx2
-        import openai
-
-        role, pace = request.role, self._paces[request.role]
-        if role not in self._clients:
-            self._clients[role] = client_of(role, self._settings.concurrency)
-        count = int(body.get("n", 1))
-        guessed = tokens_of(request) + int(body.get("max_tokens") or 0) * count
-        async with self._slots[role.base_url]:
-            await pace.wait(guessed)
-            reserved, tokens = await self.limits.begin(request, count), (0, 0)
+    async def _post(self, request: Request, body: dict[str, Any]) -> Any:
+        role, limiter, count = request.role, self._limiters[request.role], body.get("n", 1)
+        estimated = tokens_of(request) + body.get("max_tokens", 0) * count
+        async with self._slots[role.base_url or role]:
+            await limiter.wait(estimated)
+            reserved, response = await self.limits.begin(request, count), {}
             try:
-                response = await self._clients[role].post("/chat/completions", cast_to=httpx2.Response, body=body)
-                tokens = usage_of(response.extensions["json"])
-            except openai.OpenAIError as error:
-                message = words(error)
-                for secret in self._secrets:
-                    message = message.replace(secret, "[api key]")
-                raise _Failed(f"{role.name}_error", message, error) from error
+                response = await self._backend(role).complete(role, body)
+            except RequestFailed as error:
+                error.message = _redact(error.message, self._secrets)
+                raise
             finally:
-                self.limits.end(reserved, role.cost(*tokens))
-                pace.settle(guessed, sum(tokens))
-        return response.text, response.extensions["json"]
+                usage = usage_of(response)
+                self.limits.end(reserved, role.cost(*usage), sum(usage), answered=bool(response))
+                limiter.settle(estimated, sum(usage))
+        return response
 
-    def _keep(self, request: Request, text: str, body: Any, requests: int, tokens: tuple[int, int]) -> Any:
-        """Store a reply, and give what a later run will read."""
-        self.limits.succeeded(sum(tokens))
-        for secret in self._secrets:
-            if secret in text and _is_key(secret):  # a server that sends back what it was sent
-                text = text.replace(secret, "[api key]")
-                body = json.loads(text)
+    def _backend(self, role: Role) -> Any:
+        key = (role.base_url, role.api_key) if role.base_url else role
+        if key not in self._backends:
+            from apo_trl.pairs.llm.backends import InProcess, Server  # which import the openai SDK
+
+            self._backends[key] = (Server if role.base_url else InProcess)(role, self._settings)
+        return self._backends[key]
+
+    def _keep(self, request: Request, response: Any, *, counted: bool = True) -> Any:
+        """Store a response without keys; return it. The first of several samples is counted with the usage of all."""
+        usage = usage_of(response) if counted else (0, 0)
+        text = _redact(json.dumps(response), list(filter(_looks_like_key, self._secrets)))
         self._store.add(
             request.key, text, role=request.role.name, step=request.step, row=request.row, sample=request.sample,
-            model=str(request.role.model), requests=requests, usage=tokens, cost=request.role.cost(*tokens),
+            model=str(request.role.model), requests=int(counted), usage=usage, cost=request.role.cost(*usage),
         )  # fmt: skip
-        return body
+        return json.loads(text)
 
-    async def _in_process(self, request: Request) -> tuple[str, Any]:
-        role = request.role
-        if role not in self._locals:
-            self._locals[role] = Local(role, scores=self._settings.scores(role))
-        reserved = await self.limits.begin(request)
-        try:
-            body = await self._locals[role].answer(request.body | {"seed": request.seed})
-        finally:
-            self.limits.end(reserved, 0.0)
-        if "error" in body:  # this one request cannot be answered; the model itself is well
-            message = body["error"]["message"]
-            self._store.fail(request.key, role=role.name, row=request.row, message=message)
-            raise Dropped(f"{role.name}_error", message)
-        return request.key, self._keep(request, json.dumps(body), body, 1, usage_of(body))
+    async def _probe(self, role: Role) -> Features:
+        """Find out once per server, model and set of parameters which features work there, or stop the run."""
+        probe = _probe_request(role)
+        known: Features | None = self._store.reply(probe.key) if role.base_url else {"seed": True}
+        if known:
+            return known
+        number = itertools.count()
+        refusal = ""
 
-    async def _probe(self, role: Role) -> Mapping[str, Any]:
-        """Find out once for each server, model and set of parameters what works there, or stop the run."""
-        key, body = _probe_of(role)
-        honours = self._store.honours(key)
-        if honours is None:
-            refusals: list[str] = []
-            number = itertools.count()
-
-            async def post(body: dict[str, Any]) -> Any:
-                request = Request(f"{key}-{next(number)}", role, "probe", "", 0, body, 0)
-                return await self._try(request, refusals)
-
-            honours = await probe(post, body)
-            if not any(works is not None for works in honours.values()) and await post(body) is None:
-                raise self._give_up(f"{_place(role)} refuses every request: {refusals[-1]}. {_LEAVE_OUT}")
-            self._store.set_honours(key, honours)
-            self.notes[_named(role)] = describe(honours)
-            self._say(f"{_named(role)}: {describe(honours)}.")
-        return honours
-
-    async def _try(self, request: Request, refusals: list[str]) -> Any:
-        """Send a probe: the body of the answer, or None where the server refuses what it is asked for."""
-        for _ in range(3):  # one refused key among many taken ones is a fault, three are an answer
-            try:
-                text, body = await self._post(request, request.body)
-            except _Failed as error:
-                failure = error
-                if error.status in _REFUSED:
-                    refusals.append(error.detail)
+        async def post(features: dict[str, int]) -> Any:  # None if the server refuses the parameters
+            nonlocal refusal
+            request = probe._replace(key=f"{probe.key}-{next(number)}", body=probe.body | features)
+            for _ in range(3):  # one refused key among many accepted ones may be a fault of the server
+                try:
+                    return self._keep(request, await self._post(request, request.body))
+                except RequestFailed as error:
+                    status, refusal = error.status, error.message
+                if status in _REFUSED:
                     return None
-                if error.status not in (401, 403):
-                    break  # the SDK has tried often enough
-            else:
-                return self._keep(request, text, body, 1, usage_of(body))
-        raise self._give_up(
-            f"{_place(request.role)} cannot be used: {failure.detail}. {_REMEDIES.get(failure.status, _START)}"
-        )
+                if status not in (401, 403):
+                    break
+            remedy = "Check the server, its URL, and the key in the variable that api_key_env names."
+            raise self.limits.give_up(f"{_place(role)} cannot be used: {refusal}. {remedy}")
 
-    def _give_up(self, why: str) -> Stopped:
-        self.limits.give_up(why)
-        return Stopped(why)
+        for sent in ({"n": 2, "seed": 7}, {"seed": 7}, {"n": 2}, {}):
+            if (first := await post(sent)) and (second := await post(sent)):
+                break
+        else:
+            raise self.limits.give_up(
+                f"{_place(role)} refuses every request: {refusal}. Correct the URL or the name of the model;"
+                " null leaves a parameter out, as in policy_top_p: null."
+            )
+        works = {"n": len(first["choices"]) == 2, "seed": read_reply(first).text == read_reply(second).text}
+        features: Features = {name: works[name] if name in sent else None for name in works}
+        self._keep(probe, features, counted=False)
+        self._say(f"{role.name} {role.public_model}: {_describe(features)}.")
+        return features
 
 
-def _is_key(secret: str) -> bool:
-    """Tell a key from the words that servers without keys are given, such as EMPTY, which a text may hold."""
+def _redact(text: str, secrets: list[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, "[api key]")
+    return text
+
+
+def _looks_like_key(secret: str) -> bool:
+    """Return False for words that servers without keys are given, such as EMPTY, which a completion may contain."""
     return secret.startswith("sk-") or len(secret) >= 20 or (len(secret) >= 8 and any(map(str.isdigit, secret)))
 
 
-def _named(role: Role) -> str:
-    return f"{role.name} {role.public_model}"
-
-
-def _probe_of(role: Role) -> tuple[str, dict[str, Any]]:
-    """Give the key that a probe's result is kept under, and the body that is sent."""
-    named = {"temperature": role.temperature, "top_p": role.top_p, "max_tokens": role.max_tokens and 32}
-    body = {"model": role.model, "messages": _PROBED}
-    body |= {name: value for name, value in named.items() if value is not None} | dict(role.extra_body)
-    return reply_key(step="probe", base_url=role.base_url, body=body), body
-
-
 def _place(role: Role) -> str:
-    return f"{role.name}_base_url {role.base_url} with {role.name}_model {role.model}"
+    return f"{role.name}_base_url: {role.base_url} with {role.name}_model {role.model}"
+
+
+def _probe_request(role: Role) -> Request:
+    body = {"model": role.model, "messages": _PROBE, **parameters_of(role, role.max_tokens and 32)}
+    return Request(reply_key(step="probe", base_url=role.base_url, body=body), role, "probe", "", 0, body, 0)
+
+
+def _describe(features: Features) -> str:
+    verbs = {True: "honours", False: "ignores", None: "refuses"}
+    groups = {verb: [name for name in ("n", "seed") if features.get(name) is works] for works, verb in verbs.items()}
+    return "; ".join(f"{verb} {', '.join(names)}" for verb, names in groups.items() if names)

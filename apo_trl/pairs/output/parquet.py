@@ -1,91 +1,61 @@
-"""The pairs as Parquet: one type for every column, whatever the messages of a prompt hold beside role and content."""
+"""Write the pairs as Parquet."""
 
+import io
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 __all__ = ["to_parquet"]
 
 _CHUNK = 1000
-_PLAIN = ("role", "content")
 
 
 def to_parquet(source: Path, target: Path) -> None:
-    """Write the lines of a JSONL file of pairs as Parquet, in pieces.
-
-    A message has every key that any has, null where it lacks it. What no column can hold, values of different types
-    or objects without keys, is written as JSON text.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    """Write a JSONL file of pairs as Parquet, in chunks; values that fit no common type become JSON text."""
     text = pa.string()
-    messages = pa.list_(pa.struct([("role", text), ("content", text)]))
-    types = _types(source)
-    prompt = pa.list_(pa.struct([*((name, text) for name in _PLAIN), *types.items()]))
+    plain, extra = [("role", text), ("content", text)], _extra_types(source)
     schema = pa.schema(
-        [("id", text), ("prompt", prompt), ("chosen", messages), ("rejected", messages), ("rationale", text)]
-        + [(name, text) for name in ("method", "chosen_model", "rejected_model", "judge_model")]
+        [("id", text), ("prompt", pa.list_(pa.struct([*plain, *extra.items()])))]
+        + [(side, pa.list_(pa.struct(plain))) for side in ("chosen", "rejected")]
+        + [(name, text) for name in ("rationale", "method", "chosen_model", "rejected_model", "judge_model")]
         + [("margin", pa.float64())]
     )
+    as_text = {key for key, kind in extra.items() if kind == text}
     with pq.ParquetWriter(target, schema) as writer:
-        for rows in _pieces(source):
-            for row in rows:
-                row["prompt"] = [_fitted(message, types) for message in row["prompt"]]
+        for rows in _chunks(source):
+            for message in (message for row in rows for message in row["prompt"]):
+                for key in as_text & message.keys():
+                    if not isinstance(message[key], str | None):
+                        message[key] = json.dumps(message[key], ensure_ascii=False)
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
 
-def _types(source: Path) -> dict[str, Any]:
-    """Find a type for each key of the prompts' messages; text for those that have none."""
-    import pyarrow as pa
-
-    found: dict[str, Any] = {}
-    odd: set[str] = set()
-    for rows in _pieces(source):
-        values: dict[str, list[Any]] = {}
-        for row in rows:
-            for message in row["prompt"]:
-                for key in message.keys() - set(_PLAIN) - odd:
-                    values.setdefault(key, []).append(message[key])
-        for key, given in values.items():
+def _extra_types(source: Path) -> dict[str, Any]:
+    """Return a type for each key of the prompts' messages beside role and content."""
+    types: dict[str, Any] = {}
+    for rows in _chunks(source):
+        messages = [message for row in rows for message in row["prompt"]]
+        for key in sorted({key for message in messages for key in message} - {"role", "content"}):
             try:
-                schemas = [pa.schema([(key, kind)]) for kind in (found.get(key), pa.array(given).type) if kind]
-                found[key] = pa.unify_schemas(schemas, promote_options="permissive").field(key).type
-            except (pa.ArrowException, OverflowError):
-                odd.add(key)
-    return {
-        key: pa.string() if key in odd or not _holds(found[key]) else found[key] for key in sorted(odd | set(found))
-    }
+                new = pa.array([message.get(key) for message in messages]).type
+                both = [pa.schema([(key, kind)]) for kind in (types.get(key, new), new)]
+                types[key] = pa.unify_schemas(both, promote_options="permissive").field(key).type
+            except (pa.ArrowException, OverflowError):  # different types; a string unifies with no other type later
+                types[key] = pa.string()
+    for key, kind in types.items():
+        try:
+            pq.write_table(pa.table({key: pa.array([], kind)}), io.BytesIO())
+        except pa.ArrowNotImplementedError:  # objects without keys
+            types[key] = pa.string()
+    return types
 
 
-def _holds(kind: Any) -> bool:
-    """Say whether Parquet can hold a type: none of its objects is without keys, none of its values without a type."""
-    import pyarrow as pa
-
-    if pa.types.is_struct(kind):
-        return kind.num_fields > 0 and all(_holds(kind.field(at).type) for at in range(kind.num_fields))
-    return _holds(kind.value_type) if pa.types.is_list(kind) else not pa.types.is_null(kind)
-
-
-def _fitted(message: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
-    import pyarrow as pa
-
-    return {
-        key: json.dumps(value, ensure_ascii=False)
-        if types.get(key) == pa.string() and value is not None and not isinstance(value, str)
-        else value
-        for key, value in message.items()
-    }
-
-
-def _pieces(path: Path) -> Iterator[list[dict[str, Any]]]:
-    rows: list[dict[str, Any]] = []
+def _chunks(path: Path) -> Iterator[list[dict[str, Any]]]:
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            rows.append(json.loads(line))
-            if len(rows) == _CHUNK:
-                yield rows
-                rows = []
-    if rows:
-        yield rows
+        while rows := [json.loads(line) for line in itertools.islice(file, _CHUNK)]:
+            yield rows

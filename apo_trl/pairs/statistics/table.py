@@ -1,4 +1,4 @@
-"""A summary of `stats` as text of about 100 columns, with small histograms, for a terminal or a dataset card."""
+"""A summary of `stats` as text with small histograms, for a terminal or a dataset card."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,45 +8,41 @@ from apo_trl.pairs.statistics.statistics import LENGTHS, MEASURES
 __all__ = ["table"]
 
 _NUMBERS = ("mean", "median", "p5", "p95", "min", "max")
-
+_SHARES = "{identical:.1%} identical; chosen longer in {chosen_longer:.1%}, rejected longer in {rejected_longer:.1%}."
 _HEAD = """\
 How far apart the chosen and the rejected answers are (tokens: {tokens}).
-{pairs:,} pairs. {shares}.
-"""
-_SIDES = "{identical:.1%} identical; chosen longer in {chosen_longer:.1%}, rejected longer in {rejected_longer:.1%}"
+{pairs:,} pairs. """
 _AFTER = """\
-Cut to max_length={max_length} as in training ({truncation_mode}):
-{prompt_fills_max_length:,} lost because the prompt alone fills it, {identical_after_truncation:,} made identical.
-What is left: {shares}.
-"""
+Truncated to max_length={max_length} as in training ({truncation_mode}):
+{prompt_fills_max_length:,} dropped because the prompt fills it, {identical_after_truncation:,} made identical.
+The rest: """
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """Lay out a summary as text of about 100 columns, with small histograms, for a terminal or a dataset card."""
+    """Return a summary as text, with the numbers after truncation under those before."""
     if not summary["pairs"]:
         return "No pairs."
-    lines = [_HEAD.format(**summary, shares=_SIDES.format(**summary["before"])).rstrip()]
     parts = {"": summary["before"]}
-    if summary.get("after", {}).get("pairs"):
-        parts["  after"] = summary["after"]
-        lines += [_AFTER.format(**summary, shares=_SIDES.format(**summary["after"])).rstrip()]
-    elif "after" in summary:
-        lines += [f"Nothing is left after cutting to max_length={summary['max_length']}: every prompt alone fills it."]
+    lines = [_HEAD.format(**summary) + _SHARES.format(**summary["before"])]
+    if (after := summary.get("after")) and after["pairs"]:
+        parts["  after"] = after
+        lines.append(_AFTER.format(**summary) + _SHARES.format(**after))
+    elif after:
+        lines.append(f"Nothing is left after truncation to max_length={summary['max_length']}: every prompt fills it.")
     lines += ["", f"{'':<23}" + "".join(f"{head:>9}" for head in _NUMBERS) + "  how many pairs lie where"]
     for name, (meaning, edges) in MEASURES.items():
+        form = ",.1f" if edges is LENGTHS else ",.3f"
         for label, part in parts.items():
-            figures = part[name]
-            form = ",.3f" if edges is not LENGTHS else ",.1f"
-            numbers = "".join(f"{figures[number]:>9{form}}" for number in _NUMBERS)
-            lines.append(f"{label or name:<23}{numbers}  {_bars(**figures['histogram'])}")
+            numbers = "".join(f"{part[name][number]:>9{form}}" for number in _NUMBERS)
+            lines.append(f"{label or name:<23}{numbers}  {_bars(**part[name]['histogram'])}")
         lines.append(f"    {meaning}")
     return "\n".join(lines)
 
 
 def _bars(edges: Sequence[float], counts: Sequence[int]) -> str:
-    """Draw the bins from the first to the last that holds anything, between their edges."""
-    held = [at for at, count in enumerate(counts) if count]
-    first, last, top = held[0], held[-1], max(counts)
+    """Draw the bins from the first to the last filled one, between their edges."""
+    filled = [index for index, count in enumerate(counts) if count]
+    first, last, top = filled[0], filled[-1], max(counts)
     bars = "".join("▁▂▃▄▅▆▇█"[(8 * count - 1) // top] if count else " " for count in counts[first : last + 1])
     low, high = (f"{edge:,.0f}" if edge >= 10 else f"{edge:.2g}" for edge in (edges[first], edges[last + 1]))
     return f"{low} {bars} {high}"

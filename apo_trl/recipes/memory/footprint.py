@@ -1,179 +1,120 @@
-"""What of a model takes memory: its parameters, counted on the meta device, and what a step keeps of one position.
+"""Parameters of a model, and the activations of a training step; docs/memory.md has the sources."""
 
-The terms of `plan`, worked out from the architecture alone; their sources and how close they came to measured memory
-are in docs/memory.md.
-"""
-
-from typing import Any, NamedTuple
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from apo_trl.errors import InputError
 
-__all__ = ["TILE_COLUMNS", "TILE_TOKENS", "Counts", "activations", "count_parameters", "part", "quantised"]
+__all__ = ["TILE_COLUMNS", "TILE_TOKENS", "Setup", "activations", "count_parameters"]
 
+# The tile of logits that TRL 1.16 computes at a time: `TOKEN_CHUNK_SIZE`, `_CHUNKED_LOGPROB_CHUNK_SIZE`.
 TILE_TOKENS, TILE_COLUMNS = 4096, 32768
-"""The tile of logits that TRL 1.16 computes at a time: `TOKEN_CHUNK_SIZE`, `_CHUNKED_LOGPROB_CHUNK_SIZE`."""
 
 
-class Counts(NamedTuple):
-    """Parameters of a model, by what becomes of them."""
+@dataclass(frozen=True)
+class Setup:
+    """What decides the memory of a run, besides the model."""
 
-    total: int  # parameters of the model, without adapters
-    linear: int  # those in linear layers below the output layer: what is quantised, and what autocast casts
-    rows: int  # output rows of those layers, each with one scale in 8 bits
-    blocks: int  # blocks of 64 in those layers, each with one scale in 4 bits
-    largest: int  # parameters of the largest decoder layer or embedding
-    trainable: int  # parameters of the adapters, or all
+    method: Literal["full", "lora", "qlora"]
+    stage: Literal[0, 1, 2, 3]  #: of ZeRO: 1 shards the optimizer, 2 also gradients, 3 also weights and the reference
+    gpus: int
+    pairs: int  #: `per_device_train_batch_size`; a step has two rows for each
+    tokens: int  #: length of the longest row, prompt included: `max_length`
+    pair_tokens: int | None = None  #: distinct tokens of a pair with `padding_free`; None: padded, 2 * `tokens`
+    source: str = ""  #: where `pair_tokens` is from, or why batches are padded
+    checkpointing: bool = True
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  #: what the weights are loaded in
+    precomputed_reference: bool = False  #: with which full fine-tuning holds no reference model
+    offload: bool = False  #: keep what is sharded of the policy in the memory of the machine
+    peft_config: Any = None  #: a `peft.LoraConfig`; by default rank 16 on all linear layers
+    bits: float = 4.5  #: of a quantised weight with its scales: 4.5, 4.127 with double quantisation, or 8
+    mixed_precision: bool = True  #: `bf16` or `fp16` of the training arguments; TRL turns bf16 on by default
+    fsdp: bool = False  #: stage 3 is PyTorch's FSDP2 and not DeepSpeed
+
+    def __post_init__(self) -> None:
+        for field in ("gpus", "pairs", "tokens"):
+            if getattr(self, field) < 1:
+                raise InputError(f"{field}: must be at least 1, got {getattr(self, field)}. Set a positive number.")
+        for field in ("method", "stage", "dtype"):
+            if getattr(self, field) not in (known := self.__annotations__[field].__args__):
+                raise InputError(f"{field}: unknown value {getattr(self, field)!r}. Set one of {known}.")
+
+    @property
+    def deepspeed(self) -> bool:
+        """Whether DeepSpeed shards."""
+        return self.stage > 0 and not self.fsdp
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Bytes of a number in matrix products, of a frozen weight and of a trained one."""
+        loaded = 4 if self.dtype == "float32" else 2
+        compute = 2 if self.mixed_precision else loaded
+        if self.deepspeed:  # casts the whole model
+            return compute, compute, compute
+        # accelerate's FSDP2 casts what is trained to float32, peft its adapters, but TRL those of QLoRA to bfloat16.
+        full = 4 if self.fsdp and self.mixed_precision else loaded
+        return compute, loaded, {"full": full, "lora": 4, "qlora": 2}[self.method]
 
 
-def part(size: int, number: int) -> int:
-    """Give the largest of the equal parts of a size, in whole bytes."""
-    return -(-size // number)
+def count_parameters(config: Any, setup: Setup) -> tuple[int, int, int, str]:
+    """Build the model on the meta device, where it takes no memory, and count its parameters.
 
-
-_COUNTED: dict[tuple[str, ...], Counts] = {}
-
-
-def count_parameters(config: Any, method: str, rank: int, targets: str | list[str] | None, peft_config: Any) -> Counts:
-    """Build the model on the meta device, where it has shapes and no memory, and count."""
-    key = (
-        type(config).__name__,
-        config.to_json_string(),
-        str(method == "full"),
-        str((rank, targets)),
-        str(peft_config),
-    )
-    if key not in _COUNTED:
-        _COUNTED[key] = _count_anew(config, method, rank, targets, peft_config)
-    return _COUNTED[key]
-
-
-def _count_anew(config: Any, method: str, rank: int, targets: str | list[str] | None, peft_config: Any) -> Counts:
-    import warnings
-
+    Returns those without adapters, in linear layers below the output layer, and trained; and why batches are padded.
+    """
     import torch
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from apo_trl.prefix_sharing.support import unsupported_reason
+
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # training shows them
             model = AutoModelForCausalLM.from_config(config)
+            layers = {part for part in model.modules() if isinstance(part, torch.nn.Linear)}
+            linear = sum(layer.weight.numel() for layer in layers - {model.get_output_embeddings()})
+            total, reason = model.num_parameters(), unsupported_reason(model)
+            if setup.method == "full":
+                return total, linear, total, reason
+            adapters = setup.peft_config or LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+            return total, linear, get_peft_model(model, adapters).get_nb_trainable_parameters()[0], reason
     except (ValueError, ImportError) as error:
-        raise InputError(
-            f"transformers cannot build a causal language model of this configuration: {error}."
-        ) from error
-    total = sum(parameter.numel() for parameter in model.parameters())
-    head = model.get_output_embeddings()
-    linear = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    whole = set(getattr(model, "_no_split_modules", None) or ())
-    sizes = [
-        sum(parameter.numel() for parameter in module.parameters())
-        for module in model.modules()
-        if type(module).__name__ in whole or isinstance(module, torch.nn.Embedding) or module is head
-    ]
-    trainable = total
-    if method != "full":
-        from peft import LoraConfig, get_peft_model
-
-        adapters = peft_config or LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM")
-        try:
-            with torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the trainer will say it, where it matters
-                adapted = get_peft_model(model, adapters)
-        except ValueError as error:
-            raise InputError(f"lora_target_modules does not suit this model: {error}.") from error
-        trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    return Counts(
-        total=total,
-        linear=sum(weight.numel() for weight in linear),
-        rows=sum(weight.shape[0] for weight in linear),
-        blocks=sum(part(weight.numel(), 64) for weight in linear),
-        largest=max(sizes, default=total),
-        trainable=trainable,
-    )
+        raise InputError(f"model_name_or_path, lora_target_modules: not supported, {error}. Set others.") from error
 
 
-def quantised(counts: Counts, bits: int, double: bool) -> int:
-    """Give the bytes of the linear layers as bitsandbytes 0.45 to 0.49 packs them.
-
-    In 4 bits each block of 64 weights has a float32 scale, 4.5 bits a weight; with double quantisation an 8-bit scale
-    and one float32 for 256 of those, 4.127 bits (arXiv:2305.14314, section 3). In 8 bits each output row has one
-    float32 scale (arXiv:2208.07339). The code tables, 64 to 1088 bytes a layer, are left out.
-    """
-    if bits == 8:
-        return counts.linear + 4 * counts.rows
-    scales = counts.blocks + 4 * part(counts.blocks, 256) if double else 4 * counts.blocks
-    return part(counts.linear, 2) + scales
-
-
-def activations(
-    *,
-    config: Any,
-    counts: Counts,
-    method: str,
-    positions: int,
-    tokens: int,
-    checkpointing: bool,
-    loaded: int,
-    trained: int,
-    cast: bool,
-    mixed_precision: bool,
-) -> tuple[int, int]:
-    """Give the bytes that the forward pass leaves, and the most that comes on top of them, for rows * tokens positions.
-
-    `residual` is the width of the hidden states between layers, `compute` that of matrix products. They differ where
-    float32 weights run under autocast; ZeRO and FSDP cast the whole model instead (`cast`).
-    """
-    text = config.get_text_config()
-    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
-    compute = 2 if mixed_precision or loaded == 2 else 4
-    residual = compute if cast else loaded
-    # What an adapter sees: its own dtype, where neither autocast nor the cast of the whole model decides.
-    seen = compute if cast or mixed_precision else trained
-    shared = residual == compute and (cast or trained == compute)
-    # The padding mask is widened to a bias for the attention kernel, once in every layer.
-    layer = positions * (_layer(text, method, residual, compute, seen, shared) + tokens * compute)
-    # Autocast's copies of the weights are kept for the backward pass. With checkpointing it makes them anew for each
-    # layer, and those of trained weights outlive the forward pass of theirs, until autocast ends.
-    copies = counts.linear * compute if residual != compute and method != "qlora" else 0
-    rows = min(positions, TILE_TOKENS)
-    vocabulary = int(text.vocab_size) * hidden
-    head = rows * TILE_COLUMNS * compute + positions * hidden * (4 + residual)
-    if method == "full":
-        head += vocabulary * (4 + (trained if trained != 4 else 0))
-    # The last norm, whose own input is kept only where its weight is trained, and the input of the output layer.
-    ends = positions * hidden * (4 + residual * (2 if method == "full" else 1))
-    backward = positions * (compute * 2 * _intermediate(text) + residual * 2 * hidden)
-    if checkpointing:
-        kept = layers * positions * hidden * residual
-        # All copies at the end of the forward pass, with no layer's activations; one layer's of both later.
-        early = copies + backward if method == "full" else 0
-        return kept + ends, max(head, layer + backward + part(copies, layers), early)
-    return layers * layer + ends + copies, max(head, backward)
-
-
-def _intermediate(text: Any) -> int:
-    """Give the width inside an MLP; of a mixture of experts, that of the experts that see a token."""
-    experts = getattr(text, "num_experts_per_tok", None)
-    width = getattr(text, "moe_intermediate_size", None) if experts else None
-    width = width or getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    return int(width) * int(experts or 1)
-
-
-def _layer(text: Any, method: str, residual: int, compute: int, seen: int, shared: bool) -> int:
-    """Give the bytes that autograd keeps for one position in one decoder layer.
+def activations(config: Any, linear: int, setup: Setup) -> tuple[int, int]:
+    """Compute the bytes that the forward pass leaves, and the most that comes on top of them.
 
     Counted as in Korthikanti et al. (arXiv:2205.05198, section 4.1), for RMSNorm, rotary embedding, fused attention
-    and a gated MLP, and without dropout, which TRL switches off. `seen` is the width of what an adapter keeps of
-    its input; `shared` says that the adapters of one input keep one copy.
+    and a gated MLP, and without dropout, which TRL switches off.
     """
-    h, i = int(text.hidden_size), _intermediate(text)
-    heads = int(text.num_attention_heads)
-    q = heads * int(getattr(text, "head_dim", None) or h // heads)
-    norms = 2 * 4 * h  # float32 inputs
-    attention = 4 * q * compute + 4 * heads  # queries, keys, values repeated to all heads, output; log-sum-exp
-    mlp = 3 * i * compute  # gate, its activation, up
-    if method == "full":
-        norms += 2 * h * residual
-        inputs = (2 * h + i) * compute if residual == compute else (5 * h + i) * compute
-    else:
-        inputs = (2 * h + i) * seen if shared else (5 * h + q + i) * seen  # or each adapter casts its own
-    return norms + attention + mlp + inputs
+    text, full, sharded = config.get_text_config(), setup.method == "full", setup.stage > 0
+    hidden, heads, layers = int(text.hidden_size), int(text.num_attention_heads), int(text.num_hidden_layers)
+    queries = heads * int(getattr(text, "head_dim", None) or hidden // heads)
+    mlp = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 4 * hidden
+    mlp *= getattr(text, "num_experts_per_tok", None) or 1  # a token is in these experts only
+    compute, loaded, trained = setup.widths
+    residual = compute if sharded else loaded  # 4 between layers if float32 weights run under autocast
+    # Linear layers with the same input share it, unless autocast or each adapter makes a copy in its own dtype.
+    inputs = 2 if sharded or residual == compute == trained else 5 if full else 6
+    positions = setup.pairs * (setup.pair_tokens or 2 * setup.tokens)
+    layer = positions * (
+        hidden * (8 + 2 * residual * full)  # norms, in float32
+        + compute * 4 * queries  # queries, keys, values, output
+        + compute * (0 if setup.pair_tokens else setup.tokens)  # the padding mask, as a bias
+        + compute * 3 * mlp  # gate, its activation, up
+        + (inputs * hidden + mlp) * (compute if sharded or setup.mixed_precision else trained)
+    )
+    backward = positions * 2 * (compute * mlp + residual * hidden)
+    ends = positions * hidden * (4 + residual * (2 if full else 1))  # the last norm, and the input of the output layer
+    # The tile of logits, and gradients in float32 of hidden states and output layer.
+    logits = min(positions, TILE_TOKENS) * TILE_COLUMNS * compute + positions * hidden * (4 + residual)
+    logits += int(text.vocab_size) * hidden * (4 if trained == 4 else 6) * full
+    # Autocast's copies of the weights, kept for the backward pass; with checkpointing made anew for each layer, and
+    # those of trained weights freed only at the end of the forward pass.
+    copies = linear * compute if residual != compute and setup.method != "qlora" else 0
+    if setup.checkpointing:
+        kept = layers * positions * hidden * residual
+        return kept + ends, max(logits, full * (backward + copies), layer + backward + copies // layers)
+    return layers * layer + ends + copies, max(logits, backward)

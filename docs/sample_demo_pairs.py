@@ -1,6 +1,6 @@
-"""Make the rejected answers of the demo pairs again: `python -m apo_trl.demo.sample` says which come out the same.
+"""Sample the rejected answers of the demo pairs again and print which differ: `python docs/sample_demo_pairs.py`.
 
-They are what SmolLM2-135M-Instruct answers, decoded greedily in float32, one prompt at a time. Another version of
+They are the answers of SmolLM2-135M-Instruct, decoded greedily in float32, one prompt at a time. Another version of
 torch, or another processor, may round a tie the other way.
 """
 
@@ -12,20 +12,17 @@ from typing import Any
 from apo_trl.io.resources import DEMO_PAIRS
 from apo_trl.models.packaged import smollm2
 
-__all__ = ["MAX_NEW_TOKENS", "demo_rows", "sample"]
-
 MAX_NEW_TOKENS = 96
 
 
-def demo_rows() -> Iterator[dict[str, Any]]:
-    """Give the rows of both splits."""
-    for split in ("train", "test"):
-        for line in (DEMO_PAIRS / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
-            yield json.loads(line)
+def demo_rows() -> list[dict[str, Any]]:
+    """Load the rows of both splits."""
+    files = [DEMO_PAIRS / f"{split}.jsonl" for split in ("train", "test")]
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def sample(prompts: list[list[dict[str, str]]]) -> Iterator[str]:
-    """Give the model's answer to each conversation."""
+    """Return the model's answer to each conversation."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,10 +38,9 @@ def sample(prompts: list[list[dict[str, str]]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Sample every prompt again and compare."""
     from tqdm import tqdm
 
-    rows = list(demo_rows())
+    rows = demo_rows()
     answers = tqdm(sample([row["prompt"] for row in rows]), total=len(rows), unit="answer")
     changed = [row["id"] for row, answer in zip(rows, answers, strict=True) if answer != row["rejected"][0]["content"]]
     print(f"{len(rows) - len(changed)} of {len(rows)} answers are the same.")

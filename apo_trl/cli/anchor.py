@@ -1,0 +1,65 @@
+"""`apo-trl anchor`."""
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from apo_trl.cli.options import add_command, judging_keys, positive_int
+from apo_trl.errors import InputError
+from apo_trl.io.files import write_json
+from apo_trl.pairs import check_installed
+from apo_trl.pairs.config.settings import add_arguments, make_settings
+from apo_trl.training.console import quiet_libraries
+
+
+def add(commands: Any) -> None:
+    help = "measure whether chosen answers beat the policy's own, and suggest a loss"
+    example = "--dataset apo_trl/demo/pairs --policy Qwen/Qwen3-0.6B --judge Qwen/Qwen3-4B --limit 20"
+    usage = "%(prog)s --dataset PAIRS --policy MODEL [--judge MODEL] [--key value ...]"
+    parser = add_command(commands, "anchor", run, help, example, usage=usage)
+    parser.add_argument("--dataset", required=True, metavar="PAIRS", help="a file, a folder or a hub name")
+    parser.add_argument("--policy", required=True, metavar="MODEL", help="model to be trained; policy_model")
+    parser.add_argument("--judge", metavar="MODEL", help="judge_model, at judge_base_url or in this process")
+    parser.add_argument("--split", default="train", help="(default: %(default)s)")
+    parser.add_argument("--limit", type=positive_int, default=200, metavar="N", help="pairs (default: %(default)s)")
+    parser.add_argument("--output_dir", metavar="DIR", help="(default: runs/anchor and the dataset's name)")
+    parser.add_argument("--policy_response", metavar="COLUMN", help="the policy's own answers, instead of sampling")
+    parser.add_argument("--chosen_score", metavar="COLUMN", help="scores of chosen answers, instead of a judge")
+    parser.add_argument("--policy_score", metavar="COLUMN", help="scores of the policy's own answers")
+    add_arguments(parser, judging_keys())
+
+
+def run(
+    *, dataset: str, policy: str, judge: str | None, split: str, limit: int, output_dir: str | None,
+    policy_response: str | None, chosen_score: str | None, policy_score: str | None, **keys: Any,
+) -> None:  # fmt: skip
+    check_installed()
+    from apo_trl.evaluation import anchor as module
+
+    if bool(chosen_score) != bool(policy_score):
+        raise InputError("chosen_score: requires policy_score, and vice versa. Set both columns, or a judge.")
+    folder = Path(output_dir or Path("runs/anchor") / Path(dataset.rstrip("/")).name.split(".")[0])
+    keys |= {"method": "on_policy_judge", "prompts": dataset, "output_dir": str(folder), "policy_model": policy}
+    settings = make_settings(keys | {"judge_model": judge or "unused"})
+    rows = module.read_dataset(dataset, split)
+    indices = sorted(random.Random(settings.seed).sample(range(len(rows)), min(limit, len(rows))))
+    if chosen_score and policy_score:
+        report = module.anchor(rows, range(len(rows)), settings, scores=(chosen_score, policy_score))
+    elif judge:
+        report = module.anchor(rows, indices, settings, response=policy_response)
+    else:
+        report = {"asked": 0, "dropped": {}, "outcomes": {}, "answers": {}, "stopped": "", **module.suggest(0, 0)}
+        report["why"] = "neither --judge nor --chosen_score with --policy_score is set"
+    outcomes, answers = report.pop("outcomes"), report.pop("answers")
+    if not settings.policy[0].base_url and not report["stopped"]:
+        quiet_libraries()
+        report["likelihoods"] = module.likelihoods(policy, rows, indices, answers)
+    report["contrast"] = module.contrast(rows)
+    write_json(folder / "anchor.json", report)
+    print(module.table(report))
+    if outcomes:
+        module.write_dataset(rows, outcomes, folder / "pairs.jsonl")
+        print(f"Written: {folder / 'pairs.jsonl'} with chosen_wins, for apo_blend; {folder / 'anchor.json'}")
+    if report["stopped"]:
+        sys.exit(f"Stopped early: {report['stopped']} Run the same command again to resume.")

@@ -1,0 +1,18 @@
+"""`apo-trl demo`."""
+
+from typing import Any
+
+from apo_trl.cli.options import add_command, positive_int
+
+
+def add(commands: Any) -> None:
+    parser = add_command(commands, "demo", run, "train a small model with APO on a CPU, in minutes", "--max_steps 48")
+    parser.add_argument("--model", help="a model folder or hub name (default: the packaged SmolLM2-135M-Instruct)")
+    parser.add_argument("--output_dir", default="runs/demo", metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--max_steps", type=positive_int, metavar="N", help="(default: the recipe's)")
+
+
+def run(**options: Any) -> None:
+    from apo_trl.demo import run_demo
+
+    run_demo(**options)

@@ -1,0 +1,32 @@
+"""`apo-trl evaluate`."""
+
+from pathlib import Path
+from typing import Any
+
+from apo_trl.cli.options import add_command, positive_int
+from apo_trl.training.console import quiet_libraries
+
+
+def add(commands: Any) -> None:
+    help = "score each pair of a dataset under the policy and the reference"
+    parser = add_command(commands, "evaluate", run, help, "--model runs/first --dataset apo_trl/demo/pairs")
+    parser.add_argument("--model", required=True, help="trained model or adapter: a folder or hub name")
+    parser.add_argument("--reference", metavar="MODEL", help="reference model (default: an adapter's base)")
+    parser.add_argument("--dataset", required=True, metavar="PAIRS", help="a file, a folder or a hub name")
+    parser.add_argument("--split", help="split of the dataset (default: test if it exists, else train)")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="maximum number of pairs")
+    parser.add_argument("--max_length", type=positive_int, metavar="N", help="truncate as in training (default: off)")
+    parser.add_argument("--batch_size", type=positive_int, default=8, metavar="N", help="pairs (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if available)")
+    parser.add_argument("--dtype", help="float32, bfloat16, ... (default: float32 on a CPU, else the checkpoint's)")
+    parser.add_argument("--output", metavar="FILE", help="(default: evaluation.parquet in the model's folder)")
+
+
+def run(model: str, output: str | None, **options: Any) -> None:
+    quiet_libraries()
+    from apo_trl.evaluation.evaluate import evaluate, summarise, table, write_rows
+
+    rows = evaluate(model, **options)
+    path = Path(output or Path(model if Path(model).is_dir() else "", "evaluation.parquet"))
+    write_rows(rows, path)
+    print(f"{table(summarise(rows))}\nEach pair: {path}")

@@ -1,0 +1,78 @@
+"""The commands `apo-trl recipes ...`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from apo_trl.cli.options import add_command, positive_int
+from apo_trl.errors import InputError
+from apo_trl.io.resources import find_recipe, hardware, pairs_names, recipe_names
+from apo_trl.training.console import quiet_libraries
+
+
+def add(commands: Any) -> None:
+    recipes = add_command(commands, "recipes", list_recipes, "list, show, copy and check recipes, or plan their memory")
+    actions = recipes.add_subparsers(metavar="ACTION")
+    add_command(actions, "list", list_recipes, "list the recipes (the default)")
+    action = add_command(actions, "show", show, "print a recipe", "smollm2-135m/demo")
+    action.add_argument("name", metavar="NAME", help="name of a recipe")
+    action = add_command(actions, "copy", copy, "copy a recipe to a new file", "smollm2-135m/demo mine.yaml")
+    action.add_argument("name", metavar="NAME", help="name of a recipe")
+    action.add_argument("file", metavar="FILE", type=Path, help="new file")
+    help = "check files against the installed classes; exit with 1 if one has an error"
+    action = add_command(actions, "check", check, help, "smollm2-135m/demo")
+    action.add_argument("files", metavar="FILE", nargs="+", help="a YAML file or the name of a recipe")
+    help = "estimate memory per GPU, and suggest changes if it does not fit; keys of the recipe can follow"
+    action = add_command(actions, "plan", plan, help, "qwen3-1.7b/apo_zero_lora --gpus 1 --gpu_memory 24")
+    action.keeps_rest = True
+    action.add_argument("name", metavar="NAME", help="a YAML file or the name of a recipe")
+    action.add_argument("--gpus", type=positive_int, default=1, metavar="N", help="number (default: %(default)s)")
+    action.add_argument("--gpu_memory", "--gpu-memory", type=float, required=True, metavar="GB", help="per GPU")
+    action.add_argument("--accelerate_config", default="ddp", metavar="NAME_OR_FILE", help="(default: %(default)s)")
+
+
+def list_recipes() -> None:
+    from apo_trl.recipes.catalog import describe
+
+    rows = [describe(name) for name in recipe_names()]
+    table = [tuple(rows[0]), *(tuple(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    print(f"\nFor `apo-trl pairs build`: {', '.join(pairs_names())}")
+
+
+def show(name: str) -> None:
+    print(find_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+def copy(name: str, file: Path) -> None:
+    if file.exists():
+        raise InputError(f"FILE: {file} exists. Set another file or remove it.")
+    file.write_text(find_recipe(name).read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def check(files: list[str]) -> None:
+    quiet_libraries()
+    from apo_trl.recipes.check import check as find
+
+    failed = False
+    for name in files:
+        findings = find(name)
+        errors = any(finding.level == "error" for finding in findings)
+        failed |= errors
+        print(f"{name}: {'errors' if errors else 'ok'}")
+        for finding in findings:
+            print(f"  {finding.level}: {finding.text}")
+    sys.exit(failed)
+
+
+def plan(name: str, gpus: int, gpu_memory: float, accelerate_config: str, rest: list[str]) -> None:
+    quiet_libraries()
+    from apo_trl.recipes.catalog import is_unpaired
+    from apo_trl.recipes.memory import plan as planning
+    from apo_trl.training.arguments import parse
+
+    run, _ = parse([name, "--use_cpu", *rest], unpaired=is_unpaired(find_recipe(name)))
+    estimate = planning.from_recipe(run, gpus=gpus, **hardware(accelerate_config))
+    print(f"{planning.table(estimate)}\n{planning.verdict(estimate, gpu_memory)}")

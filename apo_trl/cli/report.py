@@ -1,0 +1,18 @@
+"""`apo-trl report`."""
+
+from typing import Any
+
+from apo_trl.cli.options import add_command
+
+
+def add(commands: Any) -> None:
+    help = "write a page with figures of one or several runs"
+    parser = add_command(commands, "report", run, help, "runs/first --output report.html")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="output folder of a training run")
+    parser.add_argument("--output", default="report.html", metavar="FILE", help="(default: %(default)s)")
+
+
+def run(**options: Any) -> None:
+    from apo_trl.evaluation.report import report
+
+    print(f"Written: {report(**options)}.")
