@@ -95,6 +95,7 @@ def test_the_losses_that_the_host_documents_are_those_that_it_computes(train):
     assert set(ADDED_LOSSES) == LOSSES.keys() - set(TRL_LOSSES) >= {"apo_zero_norm", "apo_down_norm", "apo_blend"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("help_text", ["Which loss.", "One of 'sigmoid' and 'a_loss_of_next_year'."])
 def test_a_reworded_help_text_refuses_no_loss(help_text):
     """And a loss that only a newer TRL lists is accepted."""

@@ -229,6 +229,7 @@ def test_given_answers_and_whole_conversations_are_not_sampled_again(prompts, tm
 FAULTS = ["429", "429_retry_after", "500", "503", "drop", "cut", "bad_json", "not_chat", "empty_choices", "html", "401"]
 
 
+@pytest.mark.slow
 def test_with_a_fifth_of_all_requests_failing_no_row_is_lost_shifted_or_counted_twice(prompts, tmp_path):
     rows = numbered(1000)
     random.Random(0).shuffle(rows)
@@ -586,6 +587,7 @@ def test_two_runs_do_not_write_to_one_folder(prompts, tmp_path):
             run(server, prompts(numbered(2)), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_no_reply_is_logged_and_progress_is_told(prompts, tmp_path):
     with ChatServer(lambda body: "SECRETREPLY " + answer(body), faults=["500"], fault_share=0.1, latency=0.3) as server:
         keys = recipe(server, prompts(numbered(30)), tmp_path / "out", concurrency=4)

@@ -103,6 +103,7 @@ print("none")
     assert fresh(code) == "none\n"
 
 
+@pytest.mark.slow
 def test_what_is_wrong_on_the_command_line_is_one_line(recipe, tmp_path):
     mine = recipe("http://127.0.0.1:9/v1")
     assert fails("build", "pairs/clare").startswith("recipe: 'pairs/clare' not found. Did you mean")
@@ -141,6 +142,7 @@ def test_a_dry_run_needs_no_key_and_sends_nothing(recipe, tmp_path):
     assert call("export-batch", mine).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_status_says_how_it_ended(recipe, monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
     with ChatServer(reply, key=KEY) as server:
@@ -171,6 +173,7 @@ def test_the_status_says_how_it_ended(recipe, monkeypatch):
     assert "Stopped early: " in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_a_word_and_loses_nothing(recipe, tmp_path):
     with ChatServer(reply, latency=0.05) as server:
         mine = recipe(server.url, 100)
@@ -225,6 +228,7 @@ def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_the_state_as_it_changes_and_one_line_in_the_end(recipe):
     with ChatServer(reply, latency=0.1) as server:
         prices = {"policy_output_price": 100.0}
@@ -244,6 +248,7 @@ def test_a_terminal_shows_the_state_as_it_changes_and_one_line_in_the_end(recipe
     assert not re.search(r"\x1b\[(\d*A|2K)", raw[raw.rindex("rows 60 of 60; ") :])
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_gives_it_back_whole(recipe):
     sent = []
 
@@ -259,6 +264,7 @@ def test_ctrl_c_in_a_terminal_gives_it_back_whole(recipe):
     assert raw.count("\x1b[?25l") == raw.count("\x1b[?25h") == 1
 
 
+@pytest.mark.slow
 def test_without_a_terminal_a_line_is_logged_now_and_then(recipe, monkeypatch):
     code = (
         "import apo_trl.pairs.progress as progress, sys; progress._EVERY = 0.3\n"

@@ -18,6 +18,7 @@ from apo_trl.pairs.build import build
 from apo_trl.pairs.config.settings import make_settings
 
 
+@pytest.mark.slow
 def test_a_policy_in_this_process_and_training_on_what_it_made(prompts, train, model_dir, tmp_path):  # noqa: F811
     from apo_trl.io.readers import load_dataset
 
@@ -46,6 +47,7 @@ def test_a_policy_in_this_process_and_training_on_what_it_made(prompts, train, m
     assert len(trainer.train_dataset) == len(rows)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_what_a_policy_in_this_process_says(prompts, model_dir, tmp_path):  # noqa: F811
     def run(name, **more):
         recipe = {

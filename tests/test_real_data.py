@@ -20,6 +20,7 @@ FILES = {
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="APO_TRL_DATA names no folder of real preference pairs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_trains_on(name, train, caplog):
     data = load_dataset(str(DATA / f"{name}.jsonl.gz"), split="train")

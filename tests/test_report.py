@@ -670,6 +670,7 @@ def browser():
         opened.close()
 
 
+@pytest.mark.slow
 @NEEDS_BROWSER
 @pytest.mark.parametrize("number", [1, 3, 5])
 def test_a_browser_shows_and_prints_it(number, browser, tmp_path, make):
