@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["InputError", "nearest", "one_line"]
+__all__ = ["InputError", "nearest"]
 
 
 class InputError(ValueError):
@@ -14,8 +14,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" with the known name closest to `name`, or an empty string if none is close."""
     match = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean '{match[0]}'?" if match else ""
-
-
-def one_line(error: object) -> str:
-    """Return an error's message on one line, shortened, without its full stop, or its class if it has no message."""
-    return " ".join(str(error).split())[:300].rstrip(".;: ") or type(error).__name__

@@ -1,10 +1,10 @@
-"""Text of messages."""
+"""Text of chat messages and of errors."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["completion_text", "content_text", "replace_surrogates"]
+__all__ = ["completion_text", "content_text", "one_line", "replace_surrogates"]
 
 
 def content_text(content: Any) -> str | None:
@@ -40,3 +40,8 @@ def replace_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def one_line(error: object) -> str:
+    """Return an error's message on one line, shortened, without its full stop, or its class if it has no message."""
+    return " ".join(str(error).split())[:300].rstrip(".;: ") or type(error).__name__

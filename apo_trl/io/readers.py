@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from apo_trl.errors import InputError, one_line
+from apo_trl.errors import InputError
+from apo_trl.io.messages import one_line
 from apo_trl.io.resources import packaged
 from apo_trl.io.rows import normalise_row, validate_row
 

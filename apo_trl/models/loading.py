@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from apo_trl.errors import InputError, one_line
+from apo_trl.errors import InputError
+from apo_trl.io.messages import one_line
 from apo_trl.models.packaged import resolve_model
 
 __all__ = ["is_adapter", "load_adapter", "load_base", "load_policy", "load_tokenizer", "pad_token", "read_adapter"]

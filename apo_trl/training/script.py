@@ -4,7 +4,8 @@ import signal
 import warnings
 from typing import Any
 
-from apo_trl.errors import InputError, nearest, one_line
+from apo_trl.errors import InputError, nearest
+from apo_trl.io.messages import one_line
 from apo_trl.io.readers import load_dataset_splits, loading_errors
 from apo_trl.training.arguments import Run
 from apo_trl.training.checkpoints import last_checkpoint, resume_from

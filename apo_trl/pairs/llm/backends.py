@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 import openai
 
-from apo_trl.errors import one_line
+from apo_trl.io.messages import one_line
 from apo_trl.pairs.config.settings import Role, Settings
 from apo_trl.pairs.llm.requests import RequestFailed
 

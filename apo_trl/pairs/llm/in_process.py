@@ -10,7 +10,8 @@ import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from apo_trl.errors import InputError, one_line
+from apo_trl.errors import InputError
+from apo_trl.io.messages import one_line
 
 __all__ = ["Generator", "RewardModel", "sampling_scores"]
 

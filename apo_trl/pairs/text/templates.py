@@ -15,7 +15,8 @@ from jinja2 import StrictUndefined
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from apo_trl.errors import InputError, nearest, one_line
+from apo_trl.errors import InputError, nearest
+from apo_trl.io.messages import one_line
 
 __all__ = ["Asked", "Template", "load_template", "suffix_for"]
 
