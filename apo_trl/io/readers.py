@@ -62,7 +62,7 @@ def read_rows(path: str, split: str = "train") -> Iterator[dict[str, Any]]:
     except InputError:
         raise
     except (OSError, EOFError, ValueError) as error:  # also invalid JSON, a missing dataset, no network
-        raise InputError(f"{path}: cannot be read: {one_line(error)}.") from error
+        raise InputError(f"{path}: cannot be read: {one_line(error)}. Check it.") from error
 
 
 def _rows_of_file(path: str, builder: str) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from apo_trl.errors import InputError
+from apo_trl.io.messages import one_line
 from apo_trl.io.rows import common_prefix_length, normalise_row
 
 __all__ = ["encode_pair"]
@@ -37,6 +38,7 @@ def encode_pair(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list
             start = render(prompt, add_generation_prompt=True, **options)
             whole = [render(prompt + side, **options) for side in sides]
         except Exception as error:  # a template may raise what it likes
-            raise InputError(f"The chat template cannot render this pair: {error or type(error).__name__}") from error
+            reason = one_line(error)
+            raise InputError(f"The chat template cannot render this pair: {reason}. Correct the row.") from error
     at = min(common_prefix_length(start, ids) for ids in whole)
     return start[:at], whole[0][at:], whole[1][at:]

@@ -34,7 +34,7 @@ def make_trainer(run: Run, trainer_class: Any = None) -> Any:
     try:
         AutoConfig.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
-        raise InputError(f"model_name_or_path: '{name}' cannot be loaded: {one_line(error)}.") from error
+        raise InputError(f"model_name_or_path: '{name}' cannot be loaded: {one_line(error)}. Check it.") from error
     source |= {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
     training.model_init_kwargs = source | (training.model_init_kwargs or {})
     dataset = load_run_dataset(run)

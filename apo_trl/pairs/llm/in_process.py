@@ -47,9 +47,7 @@ class _ChatModel:
             except (OSError, ValueError):  # an adapter saved without a tokenizer
                 self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.model.config.name_or_path)
         except Exception as error:  # a damaged model raises OSError, ValueError, SafetensorError, RuntimeError, ...
-            raise InputError(
-                f"model: '{model}' cannot be loaded: {one_line(error)}. Check folder or hub name."
-            ) from error
+            raise InputError(f"model: '{model}' cannot be loaded: {one_line(error)}. Check the name.") from error
         if missing := sorted(loading["missing_keys"]):  # transformers initialises them at random
             kind = self.auto_class.__name__
             raise InputError(f"model: '{model}' has no weights for {missing[0]}. Set a complete {kind}.")
@@ -149,7 +147,7 @@ class Generator(_ChatModel):
         ids = self._tokenize(body["messages"], add_generation_prompt=True)
         left = self._context - len(ids)
         if left < 1:
-            raise InputError(f"messages: {len(ids)} tokens leave no room in a context of {self._context}.")
+            raise InputError(f"messages: {len(ids)} tokens fill the context of {self._context}. Shorten them.")
         limit = min(body.get("max_tokens", 1024), left)
         return _Request(ids, limit, body.get("temperature", 1.0), body.get("top_p", 1.0), body.get("seed"))
 
