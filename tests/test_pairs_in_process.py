@@ -333,12 +333,12 @@ class TestMemory:
 
 class TestLoading:
     def test_nothing_there(self, tmp_path):
-        with pytest.raises(InputError, match=r"model: .*nowhere' cannot be loaded: .*\. Check the name\.$"):
+        with pytest.raises(InputError, match=r"model: .*nowhere cannot be loaded, .* Check the name"):
             Generator(str(tmp_path / "nowhere"))
 
     @pytest.mark.parametrize(
         ("settings", "words"),
-        [({"dtype": "bfloat61"}, "be loaded: .*bfloat61"), ({"device": "abacus"}, "be loaded: .*abacus")],
+        [({"dtype": "bfloat61"}, "be loaded, .*bfloat61"), ({"device": "abacus"}, "be loaded, .*abacus")],
     )
     def test_settings_that_do_not_exist(self, folder, settings, words):
         with pytest.raises(InputError, match=words):

@@ -54,13 +54,20 @@ def read_adapter(folder: str, field: str) -> Any:
         return PeftConfig.from_pretrained(folder)
 
 
-def load_base(name: str | None, field: str, *, unquantised: bool = False, **options: Any) -> Any:
-    """Load a whole model as the class in its configuration, as TRL does; `options` are those of `from_pretrained`."""
+def load_base(
+    name: str | None, field: str, *, auto_class: Any = None, unquantised: bool = False, **options: Any
+) -> Any:
+    """Load a model as `auto_class`, or as the class in its configuration, as TRL does.
+
+    `options` are those of `from_pretrained`. An `auto_class` also loads the folder of an adapter.
+    """
     import transformers
 
     if not name:
         raise InputError(f"{field}: the adapter names no base model. Add base_model_name_or_path to its configuration.")
     with _loading(f"{field}: {name} cannot be loaded"):
+        if auto_class is not None:
+            return auto_class.from_pretrained(name, **options)
         config = transformers.AutoConfig.from_pretrained(name, revision=options.get("revision"))
         if unquantised and getattr(config, "quantization_config", None):
             raise InputError(f"{field}: {name} is quantised. Set the unquantised model.")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from apo_trl.errors import InputError
-from apo_trl.io.messages import one_line
+from apo_trl.models.loading import is_adapter, load_base, load_tokenizer
 
 __all__ = ["Generator", "RewardModel", "sampling_scores"]
 
@@ -39,15 +39,10 @@ class _ChatModel:
         self.name, self.batch_size = model, batch_size
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or ("float32" if device == "cpu" else "auto")
-        options = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
-        try:
-            self.model, loading = self.auto_class.from_pretrained(model, **options)
-            try:
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-            except (OSError, ValueError):  # an adapter saved without a tokenizer
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.model.config.name_or_path)
-        except Exception as error:  # a damaged model raises OSError, ValueError, SafetensorError, RuntimeError, ...
-            raise InputError(f"model: '{model}' cannot be loaded: {one_line(error)}. Check the name.") from error
+        options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
+        self.model, loading = load_base(model, "model", auto_class=self.auto_class, **options)
+        base = self.model.config.name_or_path if is_adapter(model) else model
+        self.tokenizer = load_tokenizer(model, base, "model")
         if missing := sorted(loading["missing_keys"]):  # transformers initialises them at random
             kind = self.auto_class.__name__
             raise InputError(f"model: '{model}' has no weights for {missing[0]}. Set a complete {kind}.")
