@@ -56,7 +56,7 @@ class APOConfig(DPOConfig):
             With `padding_free`, distribute the pairs of each optimizer step over processes and micro-steps by their
             number of distinct tokens. Every step keeps its pairs, so losses and weights stay the same.
         keep_degenerate_pairs (`bool`, *optional*, defaults to `False`):
-            Keep pairs that teach nothing: chosen equals rejected, before or after truncation, or an empty completion.
+            Keep degenerate pairs: chosen equals rejected, before or after truncation, or a completion is empty.
         ref_cache_dir (`str`, *optional*):
             Folder of the cache for `precompute_ref_log_probs`. Default: `apo-trl` in the cache of `datasets`.
 
@@ -75,7 +75,7 @@ class APOConfig(DPOConfig):
     balance_tokens: bool = _option(
         True, "with padding_free, distribute the pairs of a step over processes and micro-steps by their tokens"
     )
-    keep_degenerate_pairs: bool = _option(False, "keep pairs that teach nothing, such as chosen equal to rejected")
+    keep_degenerate_pairs: bool = _option(False, "keep degenerate pairs, such as chosen equal to rejected")
     ref_cache_dir: str | None = _option(None, "folder of the cache for precompute_ref_log_probs")
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ def balances_tokens(config: DPOConfig) -> bool:
 
 
 def keeps_degenerate_pairs(config: DPOConfig | None) -> bool:
-    """Return whether pairs that teach nothing stay in the dataset."""
+    """Return whether degenerate pairs stay in the dataset."""
     return isinstance(config, APOConfig) and config.keep_degenerate_pairs
 
 

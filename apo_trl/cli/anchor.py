@@ -1,11 +1,10 @@
 """`apo-trl anchor`."""
 
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
-from apo_trl.cli.options import add_command, judging_keys, positive_int
+from apo_trl.cli.options import add_command, exit_if_stopped, judging_keys, positive_int
 from apo_trl.errors import InputError
 from apo_trl.io.files import write_json
 from apo_trl.pairs import check_installed
@@ -61,5 +60,4 @@ def run(
     if outcomes:
         module.write_dataset(rows, outcomes, folder / "pairs.jsonl")
         print(f"Written: {folder / 'pairs.jsonl'} with chosen_wins, for apo_blend; {folder / 'anchor.json'}")
-    if report["stopped"]:
-        sys.exit(f"Stopped early: {report['stopped']} Run the same command again to resume.")
+    exit_if_stopped(report["stopped"])

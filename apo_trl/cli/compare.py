@@ -1,9 +1,8 @@
 """`apo-trl compare`."""
 
-import sys
 from typing import Any
 
-from apo_trl.cli.options import add_command, judging_keys
+from apo_trl.cli.options import add_command, exit_if_stopped, judging_keys
 from apo_trl.pairs import check_installed
 from apo_trl.pairs.config.settings import add_arguments, make_settings
 
@@ -31,5 +30,4 @@ def run(a: str, b: str, a_base_url: str | None, b_base_url: str | None, judge: s
     settings = make_settings(keys | {"policy_model": [a, b], "policy_base_url": [a_base_url, b_base_url]})
     report = compare(settings)
     print(f"{table(report)}\nEach prompt: {settings.folder / 'compare.json'}")
-    if report["stopped"]:
-        sys.exit(f"Stopped early: {report['stopped']} Run the same command again to resume.")
+    exit_if_stopped(report["stopped"])

@@ -1,12 +1,13 @@
 """What all commands share: their parser, and the types of their options."""
 
 import argparse
+import sys
 from typing import Any, NoReturn
 
 from apo_trl.errors import nearest
 from apo_trl.pairs.config.settings import known_keys, unknown_key
 
-__all__ = ["Parser", "add_command", "judging_keys", "positive_int"]
+__all__ = ["Parser", "add_command", "exit_if_stopped", "judging_keys", "positive_int"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,3 +56,9 @@ def judging_keys() -> set[str]:
     """Return the keys of `apo-trl pairs` that `anchor` and `compare` have, too."""
     roles = {key for key in known_keys() if key.startswith(("policy_", "judge_")) and not key.endswith("_model")}
     return roles | {"seed", "concurrency", "max_requests", "max_cost", "max_failures"}
+
+
+def exit_if_stopped(reason: str) -> None:
+    """Exit with status 1 if a run stopped early."""
+    if reason:
+        sys.exit(f"Stopped early: {reason} Run the same command again to resume.")

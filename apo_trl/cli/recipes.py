@@ -15,9 +15,9 @@ def add(commands: Any) -> None:
     actions = recipes.add_subparsers(metavar="ACTION")
     add_command(actions, "list", list_recipes, "list the recipes (the default)")
     action = add_command(actions, "show", show, "print a recipe", "smollm2-135m/demo")
-    action.add_argument("name", metavar="NAME", help="name of a recipe")
+    action.add_argument("name", metavar="NAME", help="recipe to print")
     action = add_command(actions, "copy", copy, "copy a recipe to a new file", "smollm2-135m/demo mine.yaml")
-    action.add_argument("name", metavar="NAME", help="name of a recipe")
+    action.add_argument("name", metavar="NAME", help="recipe to copy")
     action.add_argument("file", metavar="FILE", type=Path, help="new file")
     help = "check files against the installed classes; exit with 1 if one has an error"
     action = add_command(actions, "check", check, help, "smollm2-135m/demo")

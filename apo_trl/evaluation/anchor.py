@@ -15,8 +15,8 @@ from apo_trl.evaluation.intervals import mean_interval, probability_between, wil
 from apo_trl.evaluation.judged import POINTS, count_outcomes, judge_records, no_verdict_lines
 from apo_trl.io.files import atomic_write
 from apo_trl.io.messages import completion_text, content_text
-from apo_trl.io.readers import read_rows
-from apo_trl.io.rows import normalise_row, validate_row
+from apo_trl.io.readers import valid_rows
+from apo_trl.io.rows import normalise_row
 from apo_trl.pairs.config.settings import Settings
 from apo_trl.pairs.judging import duel
 from apo_trl.pairs.llm.requests import Dropped, Requester
@@ -37,10 +37,7 @@ _RANGES = {  # the shares won by chosen, and the reason for the loss
 
 def read_dataset(path: str, split: str = "train") -> list[dict[str, Any]]:
     """Read a preference dataset unchanged; InputError for an invalid row."""
-    rows = list(read_rows(path, split))
-    for number, row in enumerate(rows, start=1):
-        if fault := validate_row(row):
-            raise InputError(f"Row {number} (counted from 1) of {path} {fault}.")
+    rows = list(valid_rows(path, split))
     if not rows:
         raise InputError(f"--dataset: {path} has no rows. Add at least one pair.")
     return rows

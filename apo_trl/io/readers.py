@@ -15,7 +15,7 @@ from apo_trl.io.resources import packaged
 from apo_trl.io.rows import normalise_row, validate_row
 
 __all__ = ["file_builder", "is_local", "load_dataset", "load_dataset_splits", "loading_errors", "open_text"]
-__all__ += ["read_pairs", "read_rows"]
+__all__ += ["read_pairs", "read_rows", "valid_rows"]
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
@@ -36,13 +36,20 @@ def open_text(path: str | Path, errors: str = "strict") -> Any:
 
 def read_pairs(path: str, split: str = "train") -> Iterator[dict[str, Any]]:
     """Yield the rows of a preference dataset in their normal form, or raise InputError for an invalid one, or none."""
-    number = 0
+    empty = True
+    for row in valid_rows(path, split):
+        empty = False
+        yield normalise_row(row)
+    if empty:
+        raise InputError(f"{path}: no rows. Use a dataset with at least one pair.")
+
+
+def valid_rows(path: str, split: str = "train") -> Iterator[dict[str, Any]]:
+    """Yield the rows of a preference dataset unchanged, or raise InputError for an invalid one."""
     for number, row in enumerate(read_rows(path, split), start=1):
         if problem := validate_row(row):
             raise InputError(f"Row {number} (counted from 1) of {path} {problem}.")
-        yield normalise_row(row)
-    if not number:
-        raise InputError(f"{path}: no rows. Use a dataset with at least one pair.")
+        yield row
 
 
 def read_rows(path: str, split: str = "train") -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from apo_trl.pairs.build import End, check_templates, each_row
 from apo_trl.pairs.config.settings import Role, Settings
+from apo_trl.pairs.llm.limits import tokens_of
 from apo_trl.pairs.llm.requests import Dropped, Request
 from apo_trl.pairs.llm.response_cache import ResponseCache
 from apo_trl.pairs.prompts import PromptSource
@@ -33,7 +34,7 @@ def estimate(settings: Settings, store: ResponseCache) -> dict[str, dict[str, fl
         return round(means.get(role.name) or role.max_tokens or role.extra_body.get("max_completion_tokens") or 1024)
 
     def count(role: Role, number: int, messages: Messages) -> None:
-        prompt = number * sum(len(message["content"]) // 4 + 4 for message in messages)
+        prompt = number * tokens_of(messages)
         completion = 0 if settings.scores(role) else number * answer_tokens(role)
         counts[role.name].update(requests=number, prompt_tokens=prompt, completion_tokens=completion)
 

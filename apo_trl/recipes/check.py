@@ -74,6 +74,7 @@ def _data(run: Any) -> Iterator[Finding]:
     from apo_trl.models.loading import load_tokenizer
 
     model, longest, wins = run.model.model_name_or_path, run.training.max_length, "apo_blend" in run.training.loss_type
+    tokenizer: Any = None
     for split, rows in local_dataset(run).items():
         faults = ((number, validate_row(row, needs_wins=wins)) for number, row in enumerate(rows))
         messages = (f"Row {number} of the {split} dataset {fault}." for number, fault in faults if fault)
@@ -81,7 +82,7 @@ def _data(run: Any) -> Iterator[Finding]:
             yield Finding("error", first)
         elif longest is not None:
             try:
-                tokenizer = load_tokenizer(model)
+                tokenizer = tokenizer or load_tokenizer(model)
             except InputError:
                 yield Finding("note", f"max_length: not checked, no tokenizer of {model} is here.")
                 continue

@@ -38,8 +38,7 @@ class Server:
             text = f"status {error.status_code}: {one_line(message or error)}"
             raise RequestFailed(text, error.status_code, error.code) from error
         except openai.OpenAIError as error:  # no connection, no response in time
-            cause = error.__cause__ or error
-            raise RequestFailed(one_line(cause) or type(cause).__name__) from error
+            raise RequestFailed(one_line(error.__cause__ or error)) from error
         return response.extensions["json"]
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from apo_trl.pairs.config.settings import Role, Settings
 from apo_trl.pairs.llm.requests import Request, Stopped
@@ -10,9 +12,9 @@ from apo_trl.pairs.llm.response_cache import ResponseCache
 __all__ = ["Budget", "RateLimiter", "tokens_of"]
 
 
-def tokens_of(request: Request) -> int:
+def tokens_of(messages: Iterable[Mapping[str, Any]]) -> int:
     """Estimate the tokens of a prompt before a server counts them: 4 characters each, and 4 tokens per message."""
-    return sum(len(message["content"]) // 4 + 4 for message in request.body["messages"])
+    return sum(len(message["content"]) // 4 + 4 for message in messages)
 
 
 class RateLimiter:
@@ -56,7 +58,7 @@ class Budget:
         settings = self._settings
         # Without max_tokens a completion has no bound; the usual one is better than none.
         completion = request.body.get("max_tokens", request.body.get("max_completion_tokens", 1024))
-        highest = count * request.role.cost(tokens_of(request), completion)
+        highest = count * request.role.cost(tokens_of(request.body["messages"]), completion)
         limit = math.inf if settings.max_cost is None else settings.max_cost
         while not self.stopped and self.cost + self._reserved + highest > limit:
             if not self._reserved:

@@ -81,7 +81,7 @@ class Servers:
 
     async def _post(self, request: Request, body: dict[str, Any]) -> Any:
         role, limiter, count = request.role, self._limiters[request.role], body.get("n", 1)
-        estimated = tokens_of(request) + body.get("max_tokens", 0) * count
+        estimated = tokens_of(body["messages"]) + body.get("max_tokens", 0) * count
         async with self._slots[role.base_url or role]:
             await limiter.wait(estimated)
             reserved, response = await self.limits.begin(request, count), {}
