@@ -506,6 +506,8 @@ def test_every_change_can_be_asked_of_a_recipes_plan(model_dir):
 def test_an_unreachable_configuration_names_the_remedy(model_dir):
     with pytest.raises(InputError, match=r"model_name_or_path.*local folder"):
         from_recipe(parsed("llama-3-8b/apo_zero_full"), gpus=1)
+    with pytest.raises(InputError, match=r"model_name_or_path: required, not set.*local folder"):
+        from_recipe(parsed("smollm2-135m/demo"), gpus=1)
     run = parsed("llama-3-8b/apo_zero_full", "--model_name_or_path", model_dir)
     run.training.max_length = None
     with pytest.raises(InputError, match="max_length: null"):

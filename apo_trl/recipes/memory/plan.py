@@ -79,8 +79,7 @@ def plan(config: Any, **settings: Any) -> Plan:
 def from_recipe(run: Any, **sharding: Any) -> Plan:
     """Plan the run of a recipe on `gpus`, with `stage`, `offload` and `fsdp` of `Setup`. Weights are not read.
 
-    Raises:
-        InputError: The configuration cannot be read, or the recipe sets no `max_length`; and as `plan` does.
+    Raises InputError as `plan` does, and if the configuration cannot be read or `max_length` is not set.
     """
     from transformers import AutoConfig
     from trl import get_peft_config
@@ -90,7 +89,8 @@ def from_recipe(run: Any, **sharding: Any) -> Plan:
     try:
         config = AutoConfig.from_pretrained(name or "", revision=model.model_revision, trust_remote_code=code)
     except (OSError, ValueError) as error:
-        raise InputError(f"model_name_or_path: configuration of {name!r} not found. Set a local folder.") from error
+        problem = f"configuration of {name!r} not found" if name else "required, not set"
+        raise InputError(f"model_name_or_path: {problem}. Set a local folder.") from error
     if training.max_length is None:
         raise InputError("max_length: null, so the longest row is unknown. Set --max_length to a number to plan for.")
     dtype = config.dtype if model.dtype == "auto" else model.dtype
