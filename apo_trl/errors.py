@@ -3,11 +3,15 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["InputError", "nearest"]
+__all__ = ["InputError", "InvalidRow", "nearest"]
 
 
 class InputError(ValueError):
     """Unusable input of the user. The message names the field, what is wrong, and what to do."""
+
+
+class InvalidRow(InputError):
+    """An invalid row of a dataset; the message follows "Row 3 of the train dataset"."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -7,9 +7,9 @@ metrics follow from the two. Forward, reference, logging and TRL's losses stay T
 
 import functools
 import inspect
-import textwrap
 from collections import Counter
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +19,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import get_config_model_id
 
 from apo_trl.config import (
     ADDED_LOSSES,
@@ -29,10 +30,10 @@ from apo_trl.config import (
     keeps_degenerate_pairs,
     loss_names,
 )
-from apo_trl.datasets import preprocessing
-from apo_trl.datasets.balancing import balance_sampler, forward_epochs
+from apo_trl.datasets.preprocessing import filter_degenerate_pairs, normalise_datasets
+from apo_trl.datasets.rendering import first_failure, render_first_rows
 from apo_trl.errors import InputError
-from apo_trl.io.rows import degenerate_reason, split_conversation
+from apo_trl.io.rows import degenerate_reason
 from apo_trl.losses import LOSSES
 from apo_trl.metrics import pair_metrics
 from apo_trl.saturation import Saturation
@@ -45,15 +46,7 @@ _PARALLELISM = {"tp": "tensor", "cp": "context", "sp": "sequence"}
 _PAPER = {
     "title": "Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
     "id": "2408.06266",
-    "citation": textwrap.dedent("""\
-        @article{doosterlinck2025anchored,
-            title   = {{Anchored Preference Optimization and Contrastive Revisions:
-                        Addressing Underspecification in Alignment}},
-            author  = {Karel D'Oosterlinck and Winnie Xu and Chris Develder and Thomas Demeester and
-                       Amanpreet Singh and Christopher Potts and Douwe Kiela and Shikib Mehri},
-            journal = {Transactions of the Association for Computational Linguistics},
-            year = 2025, volume = 13, pages = {442--460}, doi = {10.1162/tacl_a_00748}, eprint = {arXiv:2408.06266},
-        }"""),
+    "citation": Path(__file__).with_name("citation.bib").read_text(encoding="utf-8").strip(),
 }
 
 
@@ -69,18 +62,27 @@ class _AnchoredTrainer(DPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs)
-        config: Any = bound.arguments.get("args")
-        if config is not None:
-            self._check(config, bound.arguments.get("train_dataset"))
-        needs_wins = config is not None and "apo_blend" in loss_names(config)
-        for key in ("train_dataset", "eval_dataset"):
-            name = key.removesuffix("_dataset")
-            for dataset_name, dataset in preprocessing.named_datasets(bound.arguments.get(key), name):
-                preprocessing.check_dataset(dataset, dataset_name, needs_wins, config)
-            if key in bound.arguments and not keeps_degenerate_pairs(config):
-                bound.arguments[key] = preprocessing.filter_vision_pairs(bound.arguments[key], name, config)
+        model, config = bound.arguments["model"], bound.arguments.get("args")
+        peft_config, ref_model = bound.arguments.get("peft_config"), bound.arguments.get("ref_model")
+        if config is None:  # as TRL
+            path = model if isinstance(model, str) else get_config_model_id(model.config)
+            kind, suffix = (APOConfig, "APO") if isinstance(self, APOTrainer) else (DPOConfig, "DPO")
+            config = bound.arguments["args"] = kind(f"{path.rstrip('/').split('/')[-1]}-{suffix}")
+        self._check(config, bound.arguments.get("train_dataset"))
+        if peft_config or ref_model or not isinstance(model, str) or Path(model, "adapter_config.json").is_file():
+            from apo_trl.reference import check_models
 
-        padding_free = config is not None and config.padding_free
+            check_models(model, peft_config, ref_model, config.precompute_ref_log_probs)
+        self._own_start: bool | None = ref_model is None  # is the reference the policy's; None after the first batch
+        needs_wins = "apo_blend" in loss_names(config)
+        datasets = {name: bound.arguments.get(f"{name}_dataset") for name in ("train", "eval")}
+        datasets = {name: normalise_datasets(each, name, needs_wins, config) for name, each in datasets.items()}
+        processor = bound.arguments.get("processing_class") or _load_processor(model, config)
+        for name, each in datasets.items():
+            bound.arguments[f"{name}_dataset"] = render_first_rows(each, name, needs_wins, processor)
+        bound.arguments["processing_class"] = processor
+
+        padding_free = config.padding_free
         if padding_free:
             config.padding_free = False  # TRL would warn that it does not support it
         try:
@@ -100,8 +102,14 @@ class _AnchoredTrainer(DPOTrainer):
 
             self.loss_weights = [RecordingWeight(weight) for weight in self.loss_weights]
         self._saturation = Saturation([name for name, _ in self.loss_terms], self.args)
+        if self._is_vision_dataset:
+            from apo_trl.datasets.collators import VisionCollator
+
+            self.data_collator = VisionCollator(self.data_collator)
         if needs_wins:
-            self.data_collator = preprocessing.CollatorWithWins(self.data_collator)
+            from apo_trl.datasets.collators import CollatorWithWins
+
+            self.data_collator = CollatorWithWins(self.data_collator)
 
     def _check(self, config: DPOConfig, train_dataset: Any) -> None:
         """Check the settings before a model is loaded, and set what the model card cites."""
@@ -118,6 +126,8 @@ class _AnchoredTrainer(DPOTrainer):
                 f"label_smoothing={config.label_smoothing} has no effect on loss_type {', '.join(names)}: only "
                 f"{', '.join(sorted(SMOOTHED_LOSSES))} read it. Remove it."
             )
+        if isinstance(train_dataset, IterableDataset) and config.max_steps <= 0:
+            raise InputError("max_steps: required for a stream, whose length is unknown. Set the number of steps.")
         if groups_prompts(config) and isinstance(train_dataset, IterableDataset):
             raise InputError(
                 "group_by_prompt: not supported for a stream. Set it to False, or load the dataset without streaming."
@@ -160,18 +170,14 @@ class _AnchoredTrainer(DPOTrainer):
     # Data: rows are checked, degenerate pairs are dropped, `chosen_wins` reaches the batch.
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
-        if isinstance(dataset, IterableDataset):
-            from apo_trl.datasets.streams import check_streamed_row
-
-            needs_wins = "apo_blend" in loss_names(args)
-            check = functools.partial(check_streamed_row, name=dataset_name, needs_wins=needs_wins)
-            dataset = dataset.map(check, with_indices=True)
-        first = next(iter(dataset))
-        if isinstance(first.get("prompt"), str) and not isinstance(first["chosen"], str):
-            with args.main_process_first(desc="splitting conversations"):
-                dataset = dataset.map(split_conversation)
         before = len(dataset) if isinstance(dataset, Dataset) else 0
-        dataset = super()._prepare_dataset(dataset, processing_class, _dpo_settings(args), dataset_name)
+        try:
+            tokenized = super()._prepare_dataset(dataset, processing_class, _dpo_settings(args), dataset_name)
+        except Exception as error:  # a chat template may raise what it likes
+            if failure := first_failure(dataset, dataset_name, processing_class):
+                raise InputError(failure) from error
+            raise
+        dataset = tokenized
         if keeps_degenerate_pairs(args):
             return dataset
         reason = functools.partial(
@@ -185,7 +191,7 @@ class _AnchoredTrainer(DPOTrainer):
 
             return dataset.filter(StreamFilter(reason, dataset_name))
         too_long = Counter({f"the prompt alone fills max_length={args.max_length}": before - len(dataset)})
-        return preprocessing.filter_degenerate_pairs(dataset, reason, dataset_name, too_long, args)
+        return filter_degenerate_pairs(dataset, reason, dataset_name, too_long, args)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if isinstance(dataset, IterableDataset):
@@ -210,19 +216,37 @@ class _AnchoredTrainer(DPOTrainer):
             groups = sampler.group_of
         else:
             sampler = super()._get_train_sampler(dataset)
-        return balance_sampler(sampler, dataset, self.args, self._train_batch_size, groups) if self._packs else sampler
+        if not self._packs or self.args.world_size * self.args.gradient_accumulation_steps == 1:
+            return sampler
+        from apo_trl.datasets.balancing import balance_sampler
+
+        return balance_sampler(sampler, dataset, self.args, self._train_batch_size, groups)
 
     def get_train_dataloader(self) -> Any:
         """Build TRL's data loader, with its epoch forwarded to our samplers if several processes resume in one."""
-        return forward_epochs(super().get_train_dataloader())
+        loader = super().get_train_dataloader()
+        if self.args.world_size == 1:
+            return loader
+        from apo_trl.datasets.balancing import forward_epochs
+
+        return forward_epochs(loader)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Check the rows of a dataset that is passed only here, and evaluate as TRL does."""
         needs_wins = "apo_blend" in loss_names(self.args)
-        for name, dataset in preprocessing.named_datasets(eval_dataset, "eval"):
-            preprocessing.check_dataset(dataset, name, needs_wins, self.args)
+        eval_dataset = normalise_datasets(eval_dataset, "eval", needs_wins, self.args)
+        eval_dataset = render_first_rows(eval_dataset, "eval", needs_wins, self.processing_class)
         metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Evaluate as TRL does, with every metric under the prefix of its dataset; TRL logs most as `eval_`."""
+        self._metrics["eval"].clear()  # of an evaluation that failed
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, values in self._metrics["eval"].items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
+        self._metrics["eval"].clear()
+        return output
 
     # Loss: TRL computes its terms, and ours follow from the log-ratios of the same forward.
 
@@ -285,7 +309,7 @@ class _AnchoredTrainer(DPOTrainer):
         return pairs if wins is None else {**pairs, "chosen_wins": wins}
 
     def _log_pairs(self, pairs: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
-        """Log the means over all processes, read from the device at once."""
+        """Log the means over the pairs of all processes, read from the device at once."""
         logratios = pairs["chosen_logratios"]
         metrics = pair_metrics(**{key: value for key, value in pairs.items() if key != "chosen_wins"})
         if self._saturation.losses:
@@ -295,10 +319,29 @@ class _AnchoredTrainer(DPOTrainer):
         values = {f"apo/{name}": value for name, value in metrics.items()}
         if len(terms) > 1:
             values |= {f"loss/{name}": term.detach().expand_as(logratios) for name, term in terms.items()}
+        chosen, rejected = (self.beta * pairs[f"{side}_logratios"] for side in ("chosen", "rejected"))
+        values |= {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
+        values["rewards/accuracies"] = chosen > rejected
+        per_token = [metrics[f"{side}_logratio_per_token"] for side in ("chosen", "rejected")]
+        values["distance"] = torch.stack(per_token).abs().mean(dim=0)
         rows = torch.stack([value.float() for value in values.values()], dim=1)
         mode = "train" if self.model.training else "eval"
-        for name, mean in zip(values, self.accelerator.gather(rows).mean(dim=0).tolist(), strict=True):
-            self._metrics[mode][name].append(mean)
+        # In evaluation without the rows that accelerate repeats to fill the last batch.
+        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
+        rows, logged = gather(rows), self._metrics[mode]
+        # TRL logs the mean of a list. With a value for each pair instead of each batch, a short batch weighs less.
+        before = len(logged["apo/chosen_up"])
+        means = {name: each[-1] for name, each in logged.items() if len(each) == before + 1}
+        means |= zip(values, rows.mean(dim=0).tolist(), strict=True)
+        distance = means.pop("distance")
+        for name, mean in means.items():
+            logged[name][before:] = [mean] * len(rows)
+        if mode == "train" and self._own_start is not None:
+            if distance > 1e-3 and not self.state.global_step:
+                from apo_trl.reference import check_start
+
+                check_start(self, distance, self._own_start)
+            self._own_start = None
 
 
 class APOTrainer(_AnchoredTrainer):
@@ -314,13 +357,15 @@ class APOTrainer(_AnchoredTrainer):
         trainer.train()
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs)
-        if bound.arguments.get("args") is None:
-            model = bound.arguments["model"]
-            path = model if isinstance(model, str) else model.config._name_or_path
-            bound.arguments["args"] = APOConfig(f"{path.rstrip('/').split('/')[-1]}-APO")
-        super().__init__(*bound.args[1:], **bound.kwargs)
+
+def _load_processor(model: Any, config: Any) -> Any:
+    """Load the tokenizer or processor that TRL would load, before the model."""
+    from transformers import AutoProcessor
+
+    path, revision = model, (config.model_init_kwargs or {}).get("revision")
+    if not isinstance(model, str):
+        path, revision = get_config_model_id(model.config), None
+    return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=config.trust_remote_code)
 
 
 def _dpo_settings(args: DPOConfig) -> Any:

@@ -16,7 +16,7 @@ from sample_demo_pairs import demo_rows, sample
 from apo_trl.demo import run_demo
 from apo_trl.errors import InputError
 from apo_trl.io.resources import DEMO_PAIRS
-from apo_trl.io.rows import degenerate_reason, validate_row
+from apo_trl.io.rows import degenerate_reason, normalise_row
 
 ROWS = demo_rows()
 # Found, not imported: the package would import another one that nobody needs here.
@@ -43,7 +43,7 @@ class TestPairs:
             assert chosen != rejected
             assert row["rationale"].strip()
             assert 5 >= row["chosen_score"] > row["rejected_score"] >= 1
-            assert validate_row(row) is None
+            assert normalise_row(row)
             assert degenerate_reason(row) is None
 
     def test_ids_and_prompts_are_unique(self):

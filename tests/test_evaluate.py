@@ -98,6 +98,65 @@ def test_an_adapter_is_held_to_its_base_and_a_merged_model_says_the_same(adapter
             assert three[f"{side}_logratio"] == pytest.approx(one[f"{side}_logratio"], abs=1e-4)
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_an_adapter_trained_further_is_held_to_where_it_started(train, adapter, model_dir, data, tmp_path, steps):
+    """What training logs for it, not the distance from the base, and of another sign here."""
+    from datasets import Dataset
+    from peft import PeftModel
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows(8)]
+    trainer = train(
+        model=PeftModel.from_pretrained(base, adapter, is_trainable=True), processing_class=make_tokenizer(),
+        data=Dataset.from_list(swapped), eval_dataset=Dataset.from_list(rows(7)), per_device_eval_batch_size=7,
+        learning_rate=3e-3, steps=max(1, steps), run=steps > 0,
+    )  # fmt: skip
+    trainer.save_model(str(tmp_path / "further"))
+    logged = trainer.evaluate()
+    found = evaluate(str(tmp_path / "further"), str(data))
+    for side in ("chosen", "rejected"):
+        mean = sum(row[f"{side}_logratio"] for row in found) / 7
+        assert trainer.beta * mean == pytest.approx(logged[f"eval_rewards/{side}"], abs=1e-4)
+        assert (mean == 0) is (steps == 0)
+    named = evaluate(str(tmp_path / "further"), str(data), reference=str(adapter))
+    from_base = evaluate(str(tmp_path / "further"), str(data), reference=str(model_dir))
+    margins = [sum(row["margin"] for row in given) for given in (found, named, from_base)]
+    assert margins[0] == pytest.approx(margins[1], abs=1e-4)
+    assert margins[0] < 0 < margins[2] or steps == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"), ({"bias": "all"}, "bias='all'")],
+    ids=["pissa", "bias"],
+)
+def test_an_adapter_that_changes_its_base_needs_a_reference(setting, named, model_dir, data, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], **setting)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        InputError, match=rf"^--reference: required, because {named} of .* changes its base\. Set the one"
+    ):
+        evaluate(str(tmp_path / "adapter"), str(data))
+    for row in evaluate(str(tmp_path / "adapter"), str(data), reference=str(model_dir)):
+        assert row["margin"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["lm_head"]}, {"trainable_token_indices": [5]}], ids=str)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
+def test_an_adapter_of_the_output_layer_is_evaluated_merged(settings, data, tmp_path):
+    """The fused head would ignore it, or fail."""
+    from peft import LoraConfig, get_peft_model
+
+    make_model(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(**{"target_modules": ["q_proj"]} | settings)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"^--model: .* adapts the output layer, .* Merge it"):
+        evaluate(str(tmp_path / "adapter"), str(data))
+
+
 def test_an_adapter_of_another_base_is_the_same_error_as_for_merge(adapter, data, tmp_path):
     make_model(num_hidden_layers=1).save_pretrained(tmp_path / "short")
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -122,6 +181,14 @@ def test_an_adapter_with_more_tokens_than_its_base(model_dir, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded, _ = load_policy(str(tmp_path), device="cpu")
     assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_an_adapter_on_the_hub(adapter, data, monkeypatch):
+    """Found by its configuration and downloaded, then read as any folder."""
+    name = "someone/adapter"
+    monkeypatch.setattr("transformers.utils.peft_utils.find_adapter_config_file", lambda given: given == name)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda given: {name: adapter}[given])
+    assert evaluate(name, str(data), limit=2) == evaluate(str(adapter), str(data), limit=2)
 
 
 def test_it_is_what_training_logs(train, model_dir, other_dir, data):

@@ -16,7 +16,7 @@ import evidence_data as data
 import evidence_figures as figures
 from sample_demo_pairs import demo_rows
 
-from apo_trl.io.rows import degenerate_reason, validate_row
+from apo_trl.io.rows import degenerate_reason, normalise_row
 
 ROWS = demo_rows()
 
@@ -39,7 +39,7 @@ class TestData:
         sets = [data.clair(ROWS), data.unrelated(ROWS, samples), data.lengths(ROWS, 0), data.mixture(ROWS, 0)]
         for rows in sets:
             for row in rows:
-                assert validate_row(row) is None
+                assert normalise_row(row)
                 assert degenerate_reason(row) is None
         assert texts(sets[1][0])[1] == texts(sets[0][0])[1]
         assert texts(sets[1][0])[2] == f"Another answer to {ROWS[0]['id']}."

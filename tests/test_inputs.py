@@ -5,9 +5,9 @@ import math
 import pytest
 from datasets import Dataset
 
-from apo_trl.datasets.preprocessing import check_dataset
-from apo_trl.errors import InputError, nearest
-from apo_trl.io.rows import degenerate_reason, split_conversation, validate_row
+from apo_trl.datasets.preprocessing import normalise_datasets
+from apo_trl.errors import InputError, InvalidRow, nearest
+from apo_trl.io.rows import degenerate_reason, normalise_row
 
 
 def says(text):
@@ -29,7 +29,8 @@ GOOD = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": says("Hello."),
     ],
 )
 def test_good_rows(row):
-    assert validate_row(row) is None
+    normal = normalise_row(row)
+    assert normalise_row(normal) == normal
 
 
 @pytest.mark.parametrize(
@@ -47,35 +48,37 @@ def test_good_rows(row):
     ],
 )
 def test_bad_rows_are_named(change, words):
-    assert words in validate_row(GOOD | change)
+    with pytest.raises(InvalidRow, match=words):
+        normalise_row(GOOD | change)
 
 
 @pytest.mark.parametrize("wins", [0, 1, 0.5, 1.0])
 def test_good_chosen_wins(wins):
-    assert validate_row({**GOOD, "chosen_wins": wins}, needs_wins=True) is None
+    assert normalise_row({**GOOD, "chosen_wins": wins}, needs_wins=True)["chosen_wins"] == wins
 
 
 @pytest.mark.parametrize("wins", [None, True, "0.5", math.nan, -0.01, 1.01, math.inf])
 def test_bad_chosen_wins(wins):
-    assert "chosen_wins" in validate_row({**GOOD, "chosen_wins": wins}, needs_wins=True)
-    assert validate_row({**GOOD, "chosen_wins": wins}) is None  # nobody asked for it
+    with pytest.raises(InvalidRow, match="chosen_wins"):
+        normalise_row({**GOOD, "chosen_wins": wins}, needs_wins=True)
+    assert normalise_row({**GOOD, "chosen_wins": wins})  # no loss reads it
 
 
 def test_the_first_bad_row_is_numbered():
     rows = [GOOD, GOOD, GOOD | {"rejected": None}, GOOD | {"rejected": None}]
     with pytest.raises(InputError, match=r"^Row 2 of the train dataset has no 'rejected'"):
-        check_dataset(Dataset.from_list(rows), "train", False)
+        normalise_datasets(Dataset.from_list(rows), "train")
 
 
 def test_a_missing_column_is_named_with_the_nearest():
     data = Dataset.from_list([GOOD]).rename_column("chosen", "choosen")
     with pytest.raises(InputError, match=r"no column 'chosen'.*Did you mean 'choosen'\?"):
-        check_dataset(data, "train", False)
+        normalise_datasets(data, "train")
 
 
 def test_no_rows():
     with pytest.raises(InputError, match="has no rows"):
-        check_dataset(Dataset.from_list([GOOD]).select([]), "eval", False)
+        normalise_datasets(Dataset.from_list([GOOD]).select([]), "eval")
 
 
 def test_nearest():
@@ -99,7 +102,7 @@ USER, OTHER = {"role": "user", "content": "Hi"}, {"role": "user", "content": "An
     ],
 )  # fmt: skip
 def test_a_text_beside_two_conversations(chosen, rejected, prompt):
-    got = split_conversation({"prompt": "Hi", "chosen": chosen, "rejected": rejected})
+    got = normalise_row({"prompt": "Hi", "chosen": chosen, "rejected": rejected})
     assert got == {"prompt": prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 

@@ -11,6 +11,8 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
 
+from apo_trl import InputError
+
 
 @pytest.fixture
 def vision():
@@ -104,6 +106,35 @@ class TestVision:
         trainer = self.run(train, vision, data=pictures(data), loss_type="apo_zero")
         assert len(trainer.train_dataset) == 3
         assert "1 of 4 pairs of the train dataset: 1 because chosen equals rejected" in caplog.text
+
+    def test_rows_without_an_image_and_texts_beside_conversations(self, train, vision):
+        """Null is no image, and the text of a prompt beside whole conversations is their user's turn."""
+        data = [dict(row, images=row["images"]) for row in pictures(rows(4))]
+        odd = [dict(row) for row in data]
+        for row in odd:
+            asked = row["prompt"]
+            row["prompt"] = asked[0]["content"]
+            for side in ("chosen", "rejected"):
+                row[side] = asked + row[side]
+        right = [row | {"images": [] if i % 2 else row["images"]} for i, row in enumerate(data)]
+        odd = [row | {"images": None if i % 2 else row["images"]} for i, row in enumerate(odd)]
+        settings = {"loss_type": "apo_zero_norm", "per_device_train_batch_size": 2}
+        expected = self.run(train, vision, data=Dataset.from_list(right), **settings)
+        assert curve(self.run(train, vision, data=Dataset.from_list(odd), **settings)) == curve(expected)
+
+    def test_a_row_without_prompt_is_refused_before_the_first_batch(self, train, vision):
+        data = [{key: value for key, value in row.items() if key != "prompt"} for row in pictures(rows(4))]
+        with pytest.raises(InputError, match="Row 0 of the train dataset has no 'prompt'"):
+            self.run(train, vision, data=Dataset.from_list(data))
+
+    def test_one_image_as_a_column(self, train, vision):
+        data = [dict(row) for row in pictures(rows(4))]
+        single = [{**row, "image": row["images"][0] if i else None} for i, row in enumerate(data)]
+        listed = [{**row, "images": row["images"] if i else []} for i, row in enumerate(data)]
+        for row in single:
+            del row["images"]
+        expected = curve(self.run(train, vision, data=Dataset.from_list(listed)))
+        assert curve(self.run(train, vision, data=Dataset.from_list(single))) == expected
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apo_trl.errors import InputError
+from apo_trl.models.loading import load_model
 from apo_trl.models.merge import merge
 
 TOKENS = torch.arange(4, 40).reshape(2, 18)
@@ -101,40 +102,121 @@ class TestMerged:
         both = PeftModel.from_pretrained(plain(model_dir), str(tmp_path / "adapter"))
         assert logits(plain(folder)) == pytest.approx(logits(both), abs=1e-5)
 
-    @pytest.mark.parametrize(
-        "settings",
-        [
-            {"target_modules": ["q_proj", "lm_head"]},
-            {"target_modules": ["q_proj", "embed_tokens"]},
-            {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-            {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-            {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
-            {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-        ],
-        ids=["lora on the output", "lora on the input", "a new output", "a new input", "lora on both", "new for both"],
-    )
-    @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-    @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
-    def test_tied_layers_come_apart_where_the_adapter_changes_one(self, tmp_path, settings):
-        make_model(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
-        make_tokenizer().save_pretrained(tmp_path / "base")
-        model = get_peft_model(plain(tmp_path / "base"), LoraConfig(r=4, **settings))
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.1 * torch.randn_like(parameter)
-        model.save_pretrained(tmp_path / "adapter")
-        both = logits(PeftModel.from_pretrained(plain(tmp_path / "base"), str(tmp_path / "adapter")))
-        folder = merge(str(tmp_path / "adapter"), str(tmp_path / "merged"))
-        assert logits(plain(folder)) == pytest.approx(both, abs=1e-5)
-
     def test_an_empty_folder_is_filled(self, adapter, tmp_path):
         (tmp_path / "there").mkdir()
         assert (merge(str(adapter), str(tmp_path / "there")) / "model.safetensors").is_file()
 
     def test_folders_above_are_made(self, adapter, tmp_path):
         assert (merge(str(adapter), str(tmp_path / "a" / "b" / "c")) / "model.safetensors").is_file()
+
+
+def live(tied, rows, tmp_path, **settings):
+    """The logits of a trained PEFT model in memory, whose folder is then read, with `rows` in its embeddings."""
+    make_model(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    model = plain(tmp_path / "base")
+    torch.manual_seed(0)
+    model.resize_token_embeddings(rows)
+    model = get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": ["q_proj"]} | settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<a>", "<b>"] if rows > 260 else [])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    return logits(model)
+
+
+EMBEDDINGS = {
+    "none": {},
+    "both": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "input": {"modules_to_save": ["embed_tokens"]},
+    "output": {"modules_to_save": ["lm_head"]},
+    "both as one": {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    "tokens": {"trainable_token_indices": [5, 6]},
+    "lora on the input": {"target_modules": ["q_proj", "embed_tokens"]},
+    "dora on the input": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+    "lora on the output": {"target_modules": ["q_proj", "lm_head"]},
+    "lora on both as one": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "dora": {"target_modules": "all-linear", "use_dora": True},
+    "rslora": {"target_modules": "all-linear", "use_rslora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers` to `True`",
+    "ignore:You passed `ensure_weight_tying=True`", "ignore:.*ensure_weight_tying",
+)  # fmt: skip
+class TestAsInMemory:
+    @pytest.mark.parametrize("rows", [260, 262, 320], ids=["own vocabulary", "added tokens", "added and padded"])
+    @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+    @pytest.mark.parametrize("name", EMBEDDINGS)
+    def test_loaded_and_merged(self, name, tied, rows, tmp_path):
+        expected = live(tied, rows, tmp_path, **EMBEDDINGS[name])
+        adapter = str(tmp_path / "adapter")
+        if rows > 260 and not tied and name.startswith(("lora on", "dora on")):  # PEFT saves only the layer it adapts
+            with pytest.raises(
+                InputError, match=r"^adapter: .* only one of its two embeddings has the \d+ added tokens"
+            ):
+                merge(adapter, str(tmp_path / "merged"))
+            return
+        assert logits(load_model(adapter, "--model")[0]) == pytest.approx(expected, abs=1e-5)
+        merged = plain(merge(adapter, str(tmp_path / "merged")))
+        assert logits(merged) == pytest.approx(expected, abs=1e-5)
+        assert merged.get_input_embeddings().weight.shape[0] == rows
+
+    def test_a_token_added_and_trained_alone(self, tmp_path):
+        expected = live(False, 262, tmp_path, trainable_token_indices=[260, 261])
+        assert logits(plain(merge(str(tmp_path / "adapter"), str(tmp_path / "merged")))) == pytest.approx(
+            expected, abs=1e-5
+        )
+
+    @pytest.mark.parametrize("rows", [256, 300], ids=["longer", "shorter"])
+    def test_a_tokenizer_of_another_length_than_the_embeddings(self, rows, tmp_path):
+        """As it comes with some base models: nothing is resized."""
+        make_model(vocab_size=rows).save_pretrained(tmp_path / "base")
+        model = get_peft_model(
+            plain(tmp_path / "base"), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+        )
+        model.save_pretrained(tmp_path / "adapter")
+        make_tokenizer().save_pretrained(tmp_path / "adapter")
+        expected = logits(model)
+        assert logits(load_model(str(tmp_path / "adapter"), "--model")[0]) == pytest.approx(expected, abs=1e-6)
+        assert logits(plain(merge(str(tmp_path / "adapter"), str(tmp_path / "merged")))) == pytest.approx(
+            expected, abs=1e-5
+        )
+
+    def test_biases(self, tmp_path):
+        make_model(attention_bias=True).save_pretrained(tmp_path / "base")
+        make_tokenizer().save_pretrained(tmp_path / "base")
+        model = get_peft_model(plain(tmp_path / "base"), LoraConfig(r=4, target_modules=["q_proj"], bias="all"))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter += "bias" in name
+        model.save_pretrained(tmp_path / "adapter")
+        expected = logits(model)
+        assert logits(plain(merge(str(tmp_path / "adapter"), str(tmp_path / "merged")))) == pytest.approx(
+            expected, abs=1e-5
+        )
+
+    def test_nothing_of_the_reference_is_merged(self, train, adapter, expected, model_dir, tmp_path):
+        """TRL saves the adapter that training started from as `ref`, beside the trained one."""
+        model = PeftModel.from_pretrained(plain(model_dir), adapter, is_trainable=True)
+        trainer = train(model=model, processing_class=make_tokenizer(), learning_rate=2e-2)
+        trainer.save_model(str(tmp_path / "further"))
+        assert (tmp_path / "further" / "ref" / "adapter_model.safetensors").is_file()
+        merged = merge(str(tmp_path / "further"), str(tmp_path / "merged"))
+        after = logits(trainer.model)
+        assert logits(plain(merged)) == pytest.approx(after, abs=1e-5)
+        assert (after - expected).abs().max() > 0.05
+        assert not (merged / "ref").exists()
+        assert logits(plain(merge(str(tmp_path / "further" / "ref"), str(tmp_path / "ref")))) == pytest.approx(
+            expected, abs=1e-5
+        )
 
 
 class TestWhatComesAlong:
@@ -243,6 +325,15 @@ class TestRefused:
         base = tmp_path / "out" / "base"
         make_model(num_hidden_layers=3).save_pretrained(base)
         assert "does not fit its base model" in self.refuse(tmp_path / "out" / "short", tmp_path, base=str(base))
+
+    @pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "lora_ga"])
+    @pytest.mark.filterwarnings("ignore:`init_lora_weights` is .corda.")
+    def test_a_base_that_cannot_be_changed_again(self, adapter, tmp_path, init):
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": init}))
+        message = self.refuse(adapter, tmp_path)
+        assert f"init_lora_weights='{init}'" in message
+        assert "path_initial_model_for_weight_conversion" in message
 
     def test_a_prompt_has_no_weights_to_merge(self, model_dir, tmp_path):
         model = get_peft_model(plain(model_dir), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))

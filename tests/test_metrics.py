@@ -1,15 +1,23 @@
 """What the metrics say about pairs whose regime is plain to see."""
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from trl import DPOConfig
+from conftest import make_model
+from transformers import EarlyStoppingCallback
+from trl import DPOConfig, DPOTrainer
 
 from apo_trl.config import TRL_LOSSES
+from apo_trl.io.resources import recipe_folder
 from apo_trl.losses import LOSSES
 from apo_trl.metrics import REGIMES, pair_metrics, regime
+from apo_trl.registration import register, unregister
 from apo_trl.saturation import PAIR_LOSSES, Saturation, largest_slope, slope
 
 
@@ -139,3 +147,147 @@ def test_losses_without_a_slope_are_those_that_look_at_the_whole_batch():
     """A loss that a new TRL brings fails here, until its equation is written down."""
     assert {*TRL_LOSSES, *LOSSES} - PAIR_LOSSES == {"aot", "aot_unpaired", "sft"}
     assert {*TRL_LOSSES, *LOSSES} >= PAIR_LOSSES
+
+
+# In evaluation and in training: which means are logged, and under which names.
+
+SETS = {"a": range(5), "b_c": range(5, 8)}
+SPEED = {"runtime", "samples_per_second", "steps_per_second"}
+
+
+@pytest.fixture
+def evaluating(train, dataset):
+    """Build a trainer whose policy is not its reference, without training it."""
+
+    def build(batch_size=4, *, sets=None, **settings):
+        sets = sets or {name: dataset.select(part) for name, part in SETS.items()}
+        settings = {"ref_model": make_model(seed=1), "eval_dataset": sets, "prediction_loss_only": True} | settings
+        return train(run=False, per_device_eval_batch_size=batch_size, **settings)
+
+    return build
+
+
+def test_every_metric_is_logged_under_its_set(evaluating):
+    trainer = evaluating(loss_type=["apo_zero", "sft"], loss_weights=[1.0, 0.1])
+    returned = trainer.evaluate()
+    logged = {name: next(entry for entry in trainer.state.log_history if f"eval_{name}_loss" in entry) for name in SETS}
+    names = {
+        name: {key.removeprefix(f"eval_{name}_") for key in entry if key.startswith("eval_")}
+        for name, entry in logged.items()
+    }
+    assert names["a"] == names["b_c"]
+    assert names["a"] >= {"loss", "loss/sft", "rewards/accuracies", "apo/displaced", "logps/chosen", "entropy"}
+    for name, entry in logged.items():
+        assert {key: returned[key] for key in entry if key.startswith("eval_")}.items() <= entry.items()
+        alone = trainer.evaluate(trainer.eval_dataset[name])
+        assert {f"eval_{name}_{key}" for key in names[name]} == {
+            key.replace("eval_", f"eval_{name}_", 1) for key in alone if key != "epoch"
+        }
+        for key in names[name] - SPEED:
+            assert entry[f"eval_{name}_{key}"] == pytest.approx(alone[f"eval_{key}"], rel=1e-6), key
+    assert returned["eval_a_rewards/chosen"] != returned["eval_b_c_rewards/chosen"]
+
+
+def test_other_prefixes_and_predictions_keep_to_themselves(evaluating, dataset):
+    trainer = evaluating(sets=dataset)
+    before = trainer.evaluate()
+    predicted = trainer.predict(trainer.eval_dataset.select(range(2))).metrics
+    tested = trainer.evaluate(trainer.eval_dataset.select(range(2)), metric_key_prefix="test")
+    after = trainer.evaluate()
+    for key in ("rewards/margins", "apo/separated", "logps/chosen"):
+        assert predicted[f"test_{key}"] == tested[f"test_{key}"]
+        assert before[f"eval_{key}"] == after[f"eval_{key}"]
+    assert tested["test_rewards/margins"] != before["eval_rewards/margins"]
+    assert not any(key.startswith("eval_") for key in tested.keys() | predicted.keys())
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["APOTrainer", "registered"])
+@pytest.mark.parametrize(
+    ("several", "metric"),
+    [(False, "eval_rewards/margins"), (False, "apo/rejected_logratio_per_token"), (True, "eval_a_rewards/margins"),
+     (True, "b_c_apo/rejected_logratio_per_token")],
+)  # fmt: skip
+def test_the_best_model_is_found_by_any_metric(several, metric, plain, train, dataset, tmp_path):
+    sets = {name: dataset.select(part) for name, part in SETS.items()} if several else dataset
+    greater = "margins" in metric
+    if plain:
+        register()
+    try:
+        trainer = train(
+            *((DPOTrainer, DPOConfig) if plain else ()), eval_dataset=sets, eval_strategy="steps", eval_steps=2,
+            steps=20, save_strategy="steps", save_steps=2, eval_on_start=True, load_best_model_at_end=True,
+            learning_rate=1e-2, metric_for_best_model=metric, greater_is_better=not greater, loss_type="sigmoid",
+            callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        )  # fmt: skip
+    finally:
+        unregister()
+    # The worst model is the best: that of the first checkpoint, and then patience ends.
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "out" / "checkpoint-2")
+    assert trainer.state.global_step == 6
+    key = metric if metric.startswith("eval_") else f"eval_{metric}"
+    assert trainer.evaluate()[key] == pytest.approx(trainer.state.best_metric, rel=1e-5)
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_means_over_an_evaluation_do_not_depend_on_the_batch_size(streamed, padding_free, evaluating, dataset):
+    part = dataset.select(range(5))
+    settings = {"sets": part.to_iterable_dataset() if streamed else part, "padding_free": padding_free}
+    alone, *others = (evaluating(size, **settings).evaluate() for size in (1, 2, 3, 4, 5))
+    keys = [key for key in alone if key.startswith(("eval_rewards/", "eval_apo/", "eval_logps/"))]
+    keys = [key for key in keys if key != "eval_apo/tokens_saved"] + ["eval_loss"] * (not streamed)
+    assert len(keys) >= 14
+    for other in others:
+        assert {key: other[key] for key in keys} == pytest.approx({key: alone[key] for key in keys}, rel=1e-4, abs=1e-6)
+
+
+def test_means_over_a_step_do_not_depend_on_its_micro_batches(evaluating, dataset):
+    part = dataset.select(range(5))
+    expected = evaluating(1, sets=part).evaluate()
+    trainer = evaluating(sets=part, data=part, per_device_train_batch_size=2, gradient_accumulation_steps=3, steps=1)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    for key in (
+        "rewards/chosen",
+        "rewards/accuracies",
+        "rewards/margins",
+        "apo/chosen_logratio_per_token",
+        "logps/chosen",
+    ):
+        assert logged[key] == pytest.approx(expected[f"eval_{key}"], rel=1e-5), key
+    assert logged["num_tokens"] == trainer._total_train_tokens
+
+
+TWO_PROCESSES = """
+import json, sys
+sys.path.insert(0, sys.argv[2])
+from datasets import Dataset
+from apo_trl import APOConfig, APOTrainer
+from conftest import make_model, rows
+config = APOConfig(sys.argv[3], use_cpu=True, bf16=False, report_to="none", per_device_eval_batch_size=2)
+pairs = Dataset.from_list(rows(5))
+trainer = APOTrainer(sys.argv[1], ref_model=make_model(seed=1), args=config, train_dataset=pairs, eval_dataset=pairs)
+metrics = trainer.evaluate()
+if trainer.is_world_process_zero():
+    print("METRICS", json.dumps(metrics))
+"""
+
+
+@pytest.mark.slow
+def test_pairs_that_processes_repeat_count_once(evaluating, dataset, model_dir, tmp_path):
+    """Five pairs in batches of two on two processes: accelerate fills the last one with three of them."""
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    launch = [
+        Path(sys.executable).with_name("accelerate"),
+        "launch",
+        "--config_file",
+        recipe_folder() / "accelerate" / "ddp.yaml",
+    ]
+    launch += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--main_process_port", "0"]
+    arguments = [tmp_path / "script.py", model_dir, Path(__file__).parent, tmp_path / "out"]
+    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.partition("METRICS ")[2].splitlines()[0])
+    expected = evaluating(1, sets=dataset.select(range(5))).evaluate()
+    keys = [key for key in expected if key.startswith(("eval_rewards/", "eval_apo/")) and "saved" not in key]
+    assert {key: found[key] for key in keys} == pytest.approx({key: expected[key] for key in keys}, rel=1e-4, abs=1e-6)

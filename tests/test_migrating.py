@@ -15,7 +15,7 @@ from trl.scripts.dpo import make_parser
 from trl.scripts.utils import DatasetConfig
 
 from apo_trl import APOConfig, InputError
-from apo_trl.datasets.preprocessing import check_dataset
+from apo_trl.datasets.preprocessing import normalise_datasets
 from apo_trl.training.arguments import _launcher_options, parse
 from apo_trl.training.script import load_run_dataset
 
@@ -169,4 +169,4 @@ def test_rows_of_axolotl_become_valid(kind, row, function, columns, tmp_path):
     data = load_dataset("json", data_files=str(tmp_path / "file.jsonl"), split="train")
     if function:
         data = data.map(names[function], fn_kwargs=columns).select_columns(["prompt", "chosen", "rejected"])
-    check_dataset(data, "train", False)
+    normalise_datasets(data, "train")

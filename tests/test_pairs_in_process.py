@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceCl
 
 from apo_trl.errors import InputError
 from apo_trl.pairs.llm.in_process import Generator, RewardModel, sampling_scores
+from apo_trl.pairs.llm.reply import read_reply
 
 REFUSING = "{% if messages[-1]['role'] == 'tool' %}{{ raise_exception('No tools') }}{% endif %}"
 QUESTIONS = ["Hi", "Add 1 and 2, please.", "Why is the sky blue? " * 4, "Name a colour.", "x" * 60]
@@ -277,6 +278,52 @@ class TestEnd:
         answers = generator.answer(bodies)
         assert answers == [generator.answer([body])[0] for body in bodies]
         assert all(reason(answer) == "stop" or sum(answer["usage"].values()) == 64 for answer in answers)
+
+
+class TestThoughts:
+    """Special tokens are left out of the text, but not those that mark thoughts."""
+
+    @pytest.fixture
+    def says(self, tmp_path, monkeypatch):
+        def reply(written, template=TEMPLATE):
+            tokenizer = make_tokenizer()
+            marks = [
+                "<think>",
+                "</think>",
+                "[THINK]",
+                "[/THINK]",
+                "<|channel|>",
+                "<|message|>",
+                "<|start|>",
+                "<|next|>",
+            ]
+            tokenizer.add_special_tokens({"additional_special_tokens": marks})
+            tokenizer.chat_template = template
+            model = make_model(vocab_size=len(tokenizer))
+            generator = Generator(save(tmp_path, model, tokenizer))
+            tokens = torch.tensor([tokenizer(written + "<|end|>", add_special_tokens=False)["input_ids"]])
+            generate = lambda input_ids, **_: torch.cat([input_ids, tokens], 1)  # noqa: E731
+            monkeypatch.setattr(generator.model, "generate", generate)
+            return read_reply(generator.answer([ask("Hi", max_tokens=200)])[0])
+
+        return reply
+
+    @pytest.mark.parametrize(
+        "written",
+        [
+            "<think>Hm.</think>\n\nFour.<|next|>", "[THINK]Hm.[/THINK]Four.", "Hm.</think>Four.",
+            "<|channel|>analysis<|message|>Hm.<|next|><|start|>assistant<|channel|>final<|message|>Four.",
+        ],
+    )  # fmt: skip
+    def test_are_taken_off(self, says, written):
+        reply = says(written)
+        assert (reply.text, reply.finish) == ("Four.", "stop")
+        assert "Hm." in reply.thoughts
+
+    def test_that_the_chat_template_begins_may_have_no_end(self, says):
+        thinking = TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|><think>\n{% endif %}")
+        assert says("Hm.", thinking)[::3] == ("", "Hm.")
+        assert says("Hm.</think>Four.", thinking)[::3] == ("Four.", "Hm.")
 
 
 class TestRefused:

@@ -47,7 +47,6 @@ ANSWERS = {
     "tags, bold": ("**<revision>**\n4\n**</revision>**", "4"),
     "tags, the answer's own bold": ("<revision>**4**</revision>", "**4**"),
     "tags, spaced, upper case, attribute": ('< REVISION lang="en">4</ Revision >', "4"),
-    "tags, thoughts before": ("<think>Not <revision>5</revision>.</think><revision>4</revision>", "4"),
     "tags, named before": ("I will use <revision> tags.\n<revision>4</revision>", "4"),
     "tags, named before on the line": ("In <revision> tags: <revision>4</revision>", "4"),
     "tags, named after": ("<revision>\n4\n</revision>\nIt is between <revision> and </revision>.", "4"),
@@ -83,7 +82,6 @@ NO_ANSWERS = {
     "other tag": ("<revision-2>4</revision-2>", "no revised answer"),
     "in the reasoning only": ("<reasoning>Not <revision>5</revision>.</reasoning>\n4", "inside its reasoning"),
     "in the thoughts only": ("<think>Not <revision>5</revision>.</think>\n4", "no revised answer"),
-    "cut off in its thoughts": ("<think>Not <revision>5</revision>", "thoughts"),
 }  # fmt: skip
 
 
@@ -112,7 +110,6 @@ def test_refuses(reply, why):
         (f"Sure!\n**{WHY}**: Too short.\n\n**{HERE}**: 4", "Too short."),
         ("Sure!\n<reasoning>\nToo short.\n</reasoning>\nHere:\n**<revision>**4</revision>", "Too short."),
         ("<reasoning>Too short.\n```\n<revision>4</revision>\n```", "Too short."),
-        ("<think>Hm.</think>Too short. <revision>4</revision>", "Too short."),
         ("<revision>4</revision> after", ""),
     ],
 )

@@ -237,7 +237,7 @@ def test_every_key_has_a_flag_that_lands_in_settings(tmp_path):
     template = tmp_path / "t.jinja"
     template.write_text("x")
     keys = known_keys()
-    assert len(keys) == 20 + 4 * 18 - 4
+    assert len(keys) == 21 + 4 * 18 - 4
     seen = 0
     needed = {f"{role}_{name}": value for role in ROLES for name, value in (("model", "m"), ("base_url", URL))}
     for key, entry in keys.items():
@@ -264,7 +264,7 @@ def test_every_key_has_a_flag_that_lands_in_settings(tmp_path):
         told = make_settings(base | {key: yaml.safe_load(json.dumps(value))}, environment=False)
         assert told.described() == made.described()
         seen += 1
-    assert seen == 88
+    assert seen == 89
 
 
 def test_flags_win_over_the_file(tmp_path):
@@ -287,7 +287,7 @@ def test_flags_win_over_the_file(tmp_path):
 
 def test_roles_are_told_apart_by_identity():
     first, second = make_settings(
-        BASE | {"method": "off_policy_judge", "policy_model": ["a", "a"], "judge_model": "j"}
+        BASE | {"method": "off_policy_judge", "policy_model": ["a", "b"], "judge_model": "j"}
     ).policy
     assert first != second
     assert len({first: 1, second: 2}) == 2

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,56 @@ def test_a_pair_worked_by_hand():
         "prompt_tokens": 4,
         "chosen_tokens": 3,
         "rejected_tokens": 3,
+        "estimated": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "distance", "normalised", "estimated"),
+    [
+        ("a" * 10**6, "b" * 10**6, 10**6, 1.0, True),
+        ("ab" * 500_000, "c" * 10**6, 10**6, 1.0, True),
+        ("a" * 10**6, "a" * 900_000, 10**5, 0.1, True),
+        ("a" * 10**6, "a" * 970_000, 30_000, 0.03, False),
+        ("a" * 10**6, "a" * 400_000 + "b" * 200_000 + "a" * 400_000, 200_000, 0.2, True),
+        ("a" * 10**6, "a" * 500_000 + "bb" + "a" * 500_000, 2, 2 / 1_000_002, False),  # near, and so compared whole
+        ("a" * 10**6, "b" * 2_000, 10**6, 1.0, False),  # one of them is short
+        ("a" * 50_000, "b" * 50_000, 50_000, 1.0, False),
+        ("\u6f22" * 10**6, "\u5b57" * 10**6, 10**6, 1.0, True),
+    ],
+    ids=["one_character", "two", "shorter", "cut", "middle", "near", "short", "at_the_limit", "han"],
+)
+def test_answers_of_a_megabyte_take_less_than_seconds(chosen, rejected, distance, normalised, estimated):
+    began = time.process_time()
+    found = contrast("", chosen, rejected)
+    assert time.process_time() - began < 3  # each took up to a minute
+    assert found["levenshtein"] == distance
+    assert found["levenshtein_normalised"] == pytest.approx(normalised)
+    assert found["estimated"] == estimated
+    assert found["chosen_tokens"] == len(words(chosen))  # everything else is that of the whole answers
+
+
+def test_an_estimate_is_near_the_distance(monkeypatch):
+    import random
+
+    chance = random.Random(0)
+    texts = [" ".join(chance.choices(["one", "two", "three", "four", "five"], k=8_000)) for _ in range(2)]
+    exact = contrast("", *texts)
+    monkeypatch.setattr("apo_trl.pairs.statistics.statistics._WHOLE", 2_000)
+    estimate = contrast("", *texts)
+    assert (exact["estimated"], estimate["estimated"]) == (False, True)
+    assert estimate["levenshtein"] == pytest.approx(exact["levenshtein"], rel=0.05)
+    assert estimate["levenshtein"] != exact["levenshtein"]
+
+
+def test_the_output_says_how_many_distances_are_estimates():
+    far, near = {"chosen": "a" * 60_000, "rejected": "b" * 60_000}, {"chosen": "a" * 60_000, "rejected": "a" * 60_001}
+    summary = statistics([{"prompt": "p", **pair} for pair in (far, near, far)])
+    assert summary["before"]["estimated"] == 2
+    assert "levenshtein of 2 pairs: estimated from the first 50,000 characters that differ." in table(summary)
+    for line in table(summary).splitlines():
+        assert not re.search(r"\.\d{2,}\.", line), "two numbers touch"
+    assert "first 50,000" not in table(statistics([{"prompt": "p", **near}]))
 
 
 @pytest.mark.parametrize(

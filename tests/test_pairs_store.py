@@ -1,14 +1,20 @@
 """The store on bad days: killed, shared, broken, full; and the keys by which replies are found."""
 
+import contextlib
+import hashlib
 import json
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import time
 
 import pytest
+from chat_server import ChatServer
 
 from apo_trl.errors import InputError
+from apo_trl.pairs.build import build
 from apo_trl.pairs.config.settings import make_settings
 from apo_trl.pairs.llm.requests import Requester
 from apo_trl.pairs.llm.response_cache import ResponseCache, open_read_only, reply_key
@@ -24,6 +30,8 @@ for number in range(10**9):
     store.add(f"{sys.argv[2]}-{number}", '"' + "x" * 3000 + '"', role="policy", step="sample", row="r", sample=0,
               model="m", usage=(1, 1), cost=0.0)
     print(number, flush=True)
+    if number % 100 == 99:
+        store.commit()
 """
 
 
@@ -33,17 +41,62 @@ def test_what_add_returned_for_survives_sigkill(tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path), name], stdout=subprocess.PIPE, text=True
         )
-        lines = [process.stdout.readline() for _ in range(300)]
+        lines = [process.stdout.readline() for _ in range(250)]
         process.send_signal(signal.SIGKILL)
         lines += process.communicate()[0].splitlines(keepends=True)
         assert process.returncode == -signal.SIGKILL
         told[name] = max(int(line) for line in lines if line.endswith("\n"))
     with ResponseCache(tmp_path) as store:
         for name, last in told.items():
-            assert last >= 299
+            assert last >= 249
             for number in range(last + 1):
                 assert store.reply(f"{name}-{number}") == "x" * 3000
         assert store._base.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_a_cache_is_read_while_its_process_writes_and_after_it_was_killed(tmp_path):
+    """As by the recipe without `shard`, which may run before the jobs of the shards have ended."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path / "shard"), "a"], stdout=subprocess.PIPE, text=True
+    )
+    file, added, taken = tmp_path / "shard" / "store.sqlite", -1, 0
+    with ResponseCache(tmp_path / "whole") as whole:
+        for _ in range(5):
+            for _ in range(150):
+                added = int(process.stdout.readline())
+            taken += whole.take_over(file)
+            assert taken > added
+            whole.add(f"own-{taken}", "1", **ENTRY)
+        process.send_signal(signal.SIGKILL)
+        lines = process.communicate()[0].split()
+        taken += whole.take_over(file)
+        assert taken > int([added, *lines][-1])
+    with ResponseCache(tmp_path / "shard") as shard:  # the lock of the killed process is free
+        shard.add("b", "1", **ENTRY)
+        assert shard._base.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert shard._base.execute("SELECT count(*) FROM replies").fetchone() == (taken + 1,)
+
+
+@pytest.mark.parametrize("ended", ["closed", "killed"])
+def test_a_write_ahead_log_of_an_earlier_version_is_converted(ended, tmp_path):
+    with ResponseCache(tmp_path) as store:
+        store.add("a", "1", **ENTRY)
+    copied = tmp_path / "copy"
+    with contextlib.closing(sqlite3.connect(tmp_path / "store.sqlite")) as old:
+        assert old.execute("PRAGMA journal_mode=WAL").fetchone() == ("wal",)
+        with old:
+            old.execute("UPDATE replies SET body = '2'")
+        copied.mkdir()
+        for name in ("store.sqlite", "store.sqlite-wal"):
+            shutil.copy(tmp_path / name, copied / name)
+    assert (copied / "store.sqlite-wal").stat().st_size > 0
+    folder = copied if ended == "killed" else tmp_path
+    with ResponseCache(folder) as store:
+        assert store.reply("a") == 2
+        assert store._base.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        store.add("b", "3", **ENTRY)
+        assert not [*folder.glob("*-wal"), *folder.glob("*-shm")]
+    assert {path.name for path in folder.glob("store*")} == {"store.sqlite", "store.lock"}
 
 
 def test_a_second_writer_is_told_and_the_first_goes_on(tmp_path):
@@ -88,11 +141,13 @@ def test_a_full_disk_is_told_and_takes_nothing_with_it(tmp_path):
         store._base.execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(InputError, match=r"output_dir: .*\(database or disk is full\).* Run it again"):
             store.add("b", json.dumps("x" * 100_000), **ENTRY)
-        assert store.reply("a") == 1
         assert store.reply("b") is None
     with ResponseCache(tmp_path) as store:
-        store.add("b", "2", **ENTRY)
-        assert (store.reply("a"), store.reply("b")) == (1, 2)
+        assert (store.reply("a"), store.reply("b")) == (1, "x" * 100_000)  # out of store.pending
+        store.add("c", "2", **ENTRY)
+    with ResponseCache(tmp_path) as store:
+        assert store.reply("c") == 2
+    assert not (tmp_path / "store.pending").exists()
 
 
 def test_replies_of_shards_are_taken_over_once_and_the_own_stay(tmp_path):
@@ -169,7 +224,7 @@ REQUEST = {
     "policy_max_tokens": 10, "policy_extra_body": {"min_p": 0.1, "top_k": 5}, "seed": 0,
 }  # fmt: skip
 CHANGES = {
-    "policy_model": "n", "policy_base_url": "http://b/v1", "policy_temperature": 0.5, "policy_top_p": None,
+    "policy_model": "n", "policy_temperature": 0.5, "policy_top_p": None,
     "policy_max_tokens": 11, "policy_extra_body": {"min_p": 0.2, "top_k": 5}, "seed": 1,
 }  # fmt: skip
 
@@ -190,6 +245,7 @@ def test_everything_that_determines_a_reply_is_in_its_key_and_nothing_else():
     keys.add(key_of(messages=[("user", "Hi"), ("user", "Hi")]).key)
     assert len(keys | {first}) == len(CHANGES) + 6 + 1
     same = [
+        key_of(policy_base_url="http://b/v1"), key_of(policy_base_url=None),
         key_of(row="2"), key_of(method="stronger_preferred", stronger_model="s"), key_of(policy_input_price=3),
         key_of(policy_extra_body={"top_k": 5, "min_p": 0.1}), key_of(concurrency=5), key_of(policy_max_retries=0),
         key_of(max_edit_distance=0.1), key_of(policy_timeout=5), key_of(policy_requests_per_minute=7),
@@ -206,3 +262,105 @@ def test_the_probe_of_an_earlier_run_is_used(tmp_path):
     with ResponseCache(tmp_path) as store:
         store.add(probe.key, json.dumps({"n": True, "seed": None}), **ENTRY)
         assert Servers(settings, store, print).notes == {"policy m": "honours n; refuses seed"}
+
+
+def old_key(step, template, messages, seed, sample, model, base_url, parameters):
+    """The key of the first versions, as they computed it."""
+    text = json.dumps([messages, seed, sample])
+    parts = {"step": step, "template": template, "messages": text, "model": model, "base_url": base_url}
+    text = json.dumps(parts | {"parameters": parameters}, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def test_a_key_with_the_url_is_that_of_earlier_versions():
+    parameters = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 10, "min_p": 0.1, "top_k": 5}
+    said = [{"role": "user", "content": "Hi"}]
+    for url in ("http://a/v1", "http://b/v1"):
+        expected = old_key("sample", "", said, 0, 3, "m", url, parameters)
+        request = key_of(sample=3, policy_base_url=url)
+        assert request.url_key == expected != request.key
+        by_url = key_of(sample=3, policy_base_url=url, cache_by_url=True)
+        assert by_url.url_key == by_url.key == expected
+
+
+@pytest.fixture
+def build_at(tmp_path):
+    """Build pairs with a server at a new port, or at a given URL; return the number of requests and the pairs."""
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"id": "{n}", "prompt": "What is {n}?"}}\n' for n in range(6)))
+    recipe = {"method": "clair", "prompts": str(tmp_path / "prompts.jsonl"), "output_dir": str(tmp_path / "out")}
+    recipe |= {"policy_model": "a", "reviser_model": "b"}
+
+    def build_at(url=None, **keys):
+        with ChatServer() as server:
+            urls = {f"{role}_base_url": url or server.url for role in ("policy", "reviser")}
+            build(make_settings(recipe | urls | keys))
+            return server.url, server.count, (tmp_path / "out" / "pairs.jsonl").read_bytes()
+
+    return build_at
+
+
+def test_a_server_at_another_port_is_the_same_model(build_at):
+    _, requests, pairs = build_at()
+    assert requests == 6 * 2 + 4
+    _, again, same = build_at()
+    assert (again, same) == (0, pairs)
+    _, more, _ = build_at(cache_by_url=True)
+    assert more == requests
+
+
+def test_a_cache_of_an_earlier_version_is_read(build_at):
+    url, requests, pairs = build_at(cache_by_url=True)  # with its keys, as the test of keys shows
+    assert requests == 6 * 2 + 4
+    assert build_at(url)[1:] == (0, pairs)
+
+
+def test_models_of_the_same_name_need_an_option():
+    recipe = {"method": "off_policy_judge", "prompts": "p", "output_dir": "o", "judge_model": "j"}
+    recipe |= {"policy_model": ["m", "m"], "policy_base_url": ["http://a/v1", "http://b/v1"]}
+    with pytest.raises(InputError, match=r"policy_model: duplicate name.*cache_by_url: true"):
+        make_settings(recipe)
+    assert len(make_settings(recipe | {"cache_by_url": True}).policy) == 2
+    with pytest.raises(InputError, match="policy_model: duplicate name"):
+        make_settings(recipe | {"cache_by_url": True, "policy_base_url": "http://a/v1"})
+
+
+def test_array_jobs_in_one_folder(tmp_path):
+    """Two processes write, one is killed; the other one ends, and the killed one resumes."""
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"id": "{n}", "prompt": "What is {n}?"}}\n' for n in range(80)))
+    keys = {"method": "clair", "prompts": tmp_path / "prompts.jsonl", "output_dir": tmp_path / "out"}
+    keys |= {"policy_model": "a", "reviser_model": "b", "concurrency": 2}
+    with ChatServer(latency=0.1) as server:
+        keys |= {"policy_base_url": server.url, "reviser_base_url": server.url}
+        (tmp_path / "recipe.yaml").write_text(json.dumps({key: str(value) for key, value in keys.items()}))
+        command = [sys.executable, "-m", "apo_trl.cli.main", "pairs", "build", str(tmp_path / "recipe.yaml")]
+        jobs = [subprocess.Popen([*command, "--shard", f"{number}/2"], stderr=subprocess.PIPE) for number in (0, 1)]
+        file = tmp_path / "out" / "shards" / "0-of-2" / "store.sqlite"
+
+        def stored():
+            if not file.exists():
+                return 0
+            with contextlib.closing(sqlite3.connect(file, 60)) as base, contextlib.suppress(sqlite3.OperationalError):
+                return base.execute("SELECT count(*) FROM replies").fetchone()[0]  # of no table yet
+            return 0
+
+        while jobs[0].poll() is None and stored() < 20:
+            time.sleep(0.05)
+        jobs[0].send_signal(signal.SIGKILL)
+        errors = [job.communicate()[1].decode() for job in jobs]
+        assert [job.returncode for job in jobs] == [-signal.SIGKILL, 0], errors
+        with ResponseCache(file.parent) as cache:  # with what it had not committed
+            kept, before = cache._base.execute("SELECT count(*) FROM replies").fetchone()[0], server.count
+        assert kept >= 20
+        make = {key: str(value) for key, value in keys.items()}
+        resumed = build(make_settings(make | {"shard": "0/2", "concurrency": 16}))
+        assert resumed.report["complete"]
+        needed = 2 * resumed.report["asked"] + 4 + 2  # with two probes of two requests, and what they found out
+        assert server.count - before == needed - kept
+        before = server.count
+        whole = build(make_settings(make))
+        assert (whole.report["kept"], server.count) == (80, before)
+    for path in (tmp_path / "out").rglob("store.sqlite"):
+        with contextlib.closing(sqlite3.connect(path)) as base:
+            assert base.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            assert base.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    assert not [*(tmp_path / "out").rglob("store.sqlite-*")]

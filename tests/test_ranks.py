@@ -36,7 +36,7 @@ def report(**values):
 ROWS = """
 from apo_trl.datasets import preprocessing as dataset
 
-seen, inner = 0, dataset._add_reasons
+seen, inner = 0, dataset._by_row
 
 @functools.wraps(inner)  # and so the same to the cache
 def counted(batch, **settings):
@@ -44,7 +44,7 @@ def counted(batch, **settings):
     seen += len(batch["chosen"])
     return inner(batch, **settings)
 
-dataset._add_reasons = counted
+dataset._by_row = counted
 try:
     APOTrainer(model, args=args, train_dataset=load("bad"))
 except InputError as error:
@@ -130,14 +130,14 @@ def test_every_process_does_the_same_forwards(launch, hardware):
 @pytest.fixture
 def counted(monkeypatch):
     """How many rows each look at a dataset was for."""
-    counts, inner = [], dataset._add_reasons
+    counts, inner = [], dataset._by_row
 
     @functools.wraps(inner)
     def count(batch, **settings):
         counts.append(len(batch["chosen"]))
         return inner(batch, **settings)
 
-    monkeypatch.setattr(dataset, "_add_reasons", count)
+    monkeypatch.setattr(dataset, "_by_row", count)
     return counts
 
 
@@ -154,7 +154,7 @@ def test_rows_are_looked_at_again_only_if_something_changed(train, tmp_path, cou
     assert looked_at(output_dir=str(tmp_path / "other"), learning_rate=1e-4) == []
     assert looked_at(max_length=500) == [12]
     assert looked_at(loss_type="apo_blend") == [12, 12]  # it reads a column more
-    monkeypatch.setattr("apo_trl.datasets.preprocessing.inspect.getsource", lambda module: "a later version's rules")
+    monkeypatch.setattr("apo_trl.datasets.preprocessing._RULES", "those of a later version")
     assert looked_at() == [12, 12]
 
 
@@ -164,7 +164,7 @@ def test_several_workers_number_the_rows_as_one_does():
         data[number] |= {"rejected": None}
     args = APOConfig("out", use_cpu=True, bf16=False, dataset_num_proc=2)
     with pytest.raises(InputError, match=r"^Row 1700 of the train dataset has no 'rejected'"):
-        dataset.check_dataset(Dataset.from_list(data), "train", False, args)
+        dataset.normalise_datasets(Dataset.from_list(data), "train", False, args)
 
 
 def test_one_process_that_cannot_pack_stops_all(train, monkeypatch, caplog):

@@ -82,7 +82,7 @@ BAD = {
     "a value of the wrong type": ("beta: high", "invalid float value"),
     "quantised full fine-tuning": ("load_in_4bit: true", "load_in_4bit: requires use_peft"),
     "an adapter on lm_head": ("use_peft: true\nlora_target_modules: [q_proj, lm_head]", "lora_target_modules: lm_head"),
-    "a column that the loss needs": ("loss_type: apo_blend\ndataset_name: plain.jsonl", "has no 'chosen_wins'"),
+    "a column that the loss needs": ("loss_type: apo_blend\ndataset_name: plain.jsonl", "has no column 'chosen_wins'"),
     "prompts longer than max_length": ("dataset_name: pairs.jsonl\nmax_length: 8", "in 8 of 8 rows"),
     "a file that is not there": ("dataset_name: none.jsonl", "none.jsonl"),
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import rows as examples
 
 from apo_trl.errors import InputError
 from apo_trl.evaluation.report import report
@@ -94,6 +95,28 @@ def make(tmp_path):
         return Page(report(runs, str(tmp_path / "page" / "report.html")))
 
     return made
+
+
+@pytest.fixture(scope="module")
+def two_sets(model_dir, tmp_path_factory):
+    """The folders of two real runs with two evaluation sets, of this trainer and of plain TRL."""
+    import trl
+    from datasets import Dataset
+
+    import apo_trl
+
+    folders = {kind: tmp_path_factory.mktemp("sets") / kind for kind in ("ours", "plain")}
+    sets = {"help": Dataset.from_list(examples()[:5]), "harm_less": Dataset.from_list(examples()[5:])}
+    settings = {"max_steps": 4, "eval_steps": 2, "eval_strategy": "steps", "logging_steps": 1, "learning_rate": 1e-2}
+    settings |= {"report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    classes = {"ours": (apo_trl.APOTrainer, apo_trl.APOConfig), "plain": (trl.DPOTrainer, trl.DPOConfig)}
+    for kind, (trainer_class, config_class) in classes.items():
+        config = config_class(str(folders[kind]), **settings)
+        data = Dataset.from_list(examples())
+        trainer = trainer_class(model=str(model_dir), args=config, train_dataset=data, eval_dataset=sets)
+        trainer.train()
+        trainer.save_state()
+    return folders
 
 
 class Page(HTMLParser):
@@ -227,18 +250,25 @@ class TestResults:
         page = make(write_run(tmp_path / "run", log))
         assert page.row("Held-out reward of chosen") == ["+0.333 at step 20"]
 
-    def test_several_evaluation_sets(self, tmp_path, make):
-        log = history()
-        for step in (10, 20):
-            for at, name in enumerate(("help", "harm_less")):
-                log.append({"step": step} | metrics(at + step / 100, -1.0, prefix=f"eval_{name}_"))
-        log = [entry for entry in log if "eval_loss" not in entry]
-        page = make(write_run(tmp_path / "run", log))
-        assert page.row("Held-out reward of chosen: help") == ["+0.200 at step 20"]
-        assert page.row("Held-out reward of chosen: harm_less") == ["+1.200 at step 20"]
-        assert "Held-out pairs: help" in page.section("Regimes")
-        assert "Held-out pairs: harm_less" in page.section("Regimes")
-        assert (page.path.parent / "report_figures" / "regimes-01-run-help.png").is_file()
+    @pytest.mark.parametrize("kind", ["ours", "plain"])
+    def test_several_evaluation_sets(self, kind, two_sets, make):
+        page = make(str(two_sets[kind]))
+        log = json.loads((two_sets[kind] / "trainer_state.json").read_text())["log_history"]
+        for name in ("help", "harm_less"):
+            (*_, last) = (entry for entry in log if f"eval_{name}_loss" in entry)
+            prefix = f"eval_{name}_" if kind == "ours" else "eval_"
+            for label, key, form in (
+                ("reward of chosen", "chosen", "+.3f"), ("reward of rejected", "rejected", "+.3f"),
+                ("accuracy", "accuracies", ".1%"),
+            ):  # fmt: skip
+                assert page.row(f"Held-out {label}: {name}") == [format(last[f"{prefix}rewards/{key}"], form)]
+            if kind == "ours":
+                assert f"Held-out pairs: {name}" in page.section("Regimes")
+                number = 1 + (name == "harm_less")
+                assert [*page.path.parent.glob(f"report_figures/regimes-{number:02}-*{name}.png")]
+        help, harmless = (page.row(f"Held-out reward of chosen: {name}") for name in ("help", "harm_less"))
+        assert help != harmless
+        assert not [row for row in page.rows if row[0] == "Held-out reward of chosen"]
 
     def test_runs_on_different_pairs_are_not_to_be_compared(self, tmp_path, make):
         same = [write_run(tmp_path / name, history(), rows=pairs(separated=2)) for name in "ab"]

@@ -11,7 +11,9 @@ def add(commands: Any) -> None:
     help = "score each pair of a dataset under the policy and the reference"
     parser = add_command(commands, "evaluate", run, help, "--model runs/first --dataset apo_trl/demo/pairs")
     parser.add_argument("--model", required=True, help="trained model or adapter: a folder or hub name")
-    parser.add_argument("--reference", metavar="MODEL", help="reference model (default: an adapter's base)")
+    parser.add_argument(
+        "--reference", metavar="MODEL", help="model or adapter that it started from (default: an adapter's)"
+    )
     parser.add_argument("--dataset", required=True, metavar="PAIRS", help="a file, a folder or a hub name")
     parser.add_argument("--split", help="split of the dataset (default: test if it exists, else train)")
     parser.add_argument("--limit", type=positive_int, metavar="N", help="maximum number of pairs")

@@ -1,54 +1,72 @@
-"""Preference datasets before training: check every row, drop degenerate pairs, carry `chosen_wins` into the batch."""
+"""Preference datasets before training: every row in its normal form, degenerate pairs dropped and counted."""
 
 import functools
-import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from accelerate.logging import get_logger
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, Features, IterableDataset, Json, Value, concatenate_datasets
 
-from apo_trl.errors import InputError, nearest
-from apo_trl.io import rows as row_rules
-from apo_trl.io.rows import degenerate_reason, validate_row
+from apo_trl import io
+from apo_trl.config import keeps_degenerate_pairs
+from apo_trl.errors import InputError, InvalidRow, nearest
+from apo_trl.io.rows import degenerate_reason, normalise_row, row_form
 
-__all__ = ["CollatorWithWins", "check_dataset", "filter_degenerate_pairs", "filter_vision_pairs", "named_datasets"]
+__all__ = ["filter_degenerate_pairs", "map_datasets", "normalise_datasets"]
 
 logger = get_logger(__name__)
 
 _BATCH_SIZE = 1000  # rows; fewer are not worth a second process
+_REASON = {"reason": Value("string")}
+_IMAGES = {"image", "images"}
+_RULES = "".join(Path(io.__path__[0], f"{module}.py").read_text("utf-8") for module in ("rows", "prompt", "messages"))
 
 
-def named_datasets(argument: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Yield every dataset of one argument of the trainer, with its name in messages."""
+def map_datasets(argument: Any, name: str, function: Callable[[Any, str], Any]) -> Any:
+    """Apply a function to every dataset of one argument of the trainer, with its name in messages."""
     if isinstance(argument, dict):
-        for key, dataset in argument.items():
-            yield f"{name} '{key}'", dataset
-    elif isinstance(argument, (Dataset, IterableDataset)):
-        yield name, argument
+        return {key: map_datasets(dataset, f"{name} '{key}'", function) for key, dataset in argument.items()}
+    return function(argument, name) if isinstance(argument, (Dataset, IterableDataset)) else argument
 
 
-def check_dataset(dataset: Any, name: str, needs_wins: bool, args: Any = None) -> None:
-    """Raise InputError for a missing column or the first invalid row of a dataset, or for the first row of a stream.
+def normalise_datasets(argument: Any, name: str, needs_wins: bool = False, args: Any = None) -> Any:
+    """Return every dataset of one argument of the trainer with its rows in their normal form.
 
-    `name` is that in messages, `needs_wins` whether the loss reads the column `chosen_wins`, and `args` the training
-    arguments if all processes call this. Other kinds of datasets are left to TRL.
+    A stream, and a dataset with images, is checked and stays as it is; degenerate pairs with images are dropped by
+    their texts, unless `args` keeps them, since TRL tokenizes these only in the collator.
+
+    Args:
+        argument: A dataset, or a dictionary of datasets. Anything else is left to TRL.
+        name: "train" or "eval", for messages.
+        needs_wins: Whether the loss reads the column `chosen_wins`.
+        args: The training arguments, if all processes call this.
+
+    Raises:
+        InputError: A column is missing, there are no rows, or a row is invalid, the first of a stream.
     """
-    if isinstance(dataset, IterableDataset):
-        from apo_trl.datasets.streams import check_streamed_row
 
-        check_streamed_row(next(iter(dataset)), 0, name=name, needs_wins=needs_wins)
-    if not isinstance(dataset, Dataset):
-        return
+    def normalise(dataset: Any, name: str) -> Any:
+        dataset = _normalise(dataset, name, needs_wins, args)
+        with_images = isinstance(dataset, Dataset) and not _IMAGES.isdisjoint(dataset.column_names)
+        if not with_images or keeps_degenerate_pairs(args):
+            return dataset
+        return filter_degenerate_pairs(dataset, _vision_reason, name, Counter(), args)
+
+    return map_datasets(argument, name, normalise)
+
+
+def _normalise(dataset: Any, name: str, needs_wins: bool, args: Any) -> Any:
+    if isinstance(dataset, IterableDataset):
+        from apo_trl.datasets.streams import check_first_row
+
+        check_first_row(dataset, name, needs_wins)
+        return dataset
     columns = list(dataset.column_names)
-    required = ["chosen", "rejected", *(["chosen_wins"] if needs_wins else [])]
-    for column in required:
+    for column in ("chosen", "rejected", *(["chosen_wins"] if needs_wins else [])):
         if column not in columns:
             why = ", required by the loss 'apo_blend'" if column == "chosen_wins" else ""
             raise InputError(
@@ -57,38 +75,60 @@ def check_dataset(dataset: Any, name: str, needs_wins: bool, args: Any = None) -
             )
     if len(dataset) == 0:
         raise InputError(f"The {name} dataset has no rows. Use one with at least one pair.")
-    validate = functools.partial(validate_row, needs_wins=needs_wins)
-    problems = _reasons(dataset, ["prompt", *required], validate, f"Checking {name} dataset", args)
-    if problems.null_count < len(problems):
-        number = pc.index(pc.is_valid(problems), True).as_py()
-        raise InputError(f"Row {number} of the {name} dataset {problems[number]}.")
+    form, vision = row_form(dataset.select_columns("chosen")[0]), not _IMAGES.isdisjoint(columns)
+    options: dict[str, Any] = {"form": form, "needs_wins": needs_wins, "vision": vision}
+    kinds: dict[str, Any] = dict.fromkeys(
+        ("prompt", "chosen", "rejected"), Value("string") if form == "text" else Json()
+    )
+    kinds |= {column: Json() for column in ("tools", "chat_template_kwargs") if column in columns}
+    read = [*kinds, "chosen_wins"] if "prompt" in columns else [name for name in columns if name not in _IMAGES]
+    function = functools.partial(_normal_columns, columns=[] if vision else list(kinds), **options)
+    features = Features(_REASON if vision else _REASON | kinds)
+    normal = _map(dataset, read, function, features, f"Reading {name} dataset", args)
+    valid = pc.is_null(normal.data["reason"])
+    if (number := pc.index(valid, False).as_py()) >= 0:
+        raise InputError(f"Row {number} of the {name} dataset {normal[number]['reason']}.")
+    if vision:
+        return dataset
+    rest = dataset.remove_columns([column for column in kinds if column in columns])
+    normal = normal.remove_columns("reason")
+    return concatenate_datasets([normal, rest], axis=1) if rest.column_names else normal
 
 
-def _reasons(dataset: Dataset, columns: list[str], reason: Callable[..., str | None], desc: str, args: Any) -> Any:
-    """Return a reason or null for each row, as an Arrow column.
+def _normal_columns(row: Mapping[str, Any], *, columns: list[str], **options: Any) -> dict[str, Any]:
+    try:
+        normal, reason = normalise_row(row, **options), None
+    except InvalidRow as error:
+        normal, reason = {}, str(error)
+    return {column: normal.get(column) for column in columns} | {"reason": reason}
+
+
+def _map(
+    dataset: Dataset, read: list[str], function: Callable[..., dict[str, Any]], features: Features, desc: str, args: Any
+) -> Dataset:
+    """Map a function over rows, of the columns `read`; the result has no others than `features`.
 
     The main process of a machine computes it; the others, and the next run, read it from the cache of `map`. A dataset
     in memory has no cache, so each process computes it.
     """
-    rows = dataset.select_columns([column for column in columns if column in dataset.column_names])
+    dataset = dataset.select_columns([column for column in read if column in dataset.column_names])
     with nullcontext() if args is None else args.main_process_first(desc=desc):
-        reasons = rows.map(
-            _add_reasons,
+        return dataset.map(
+            _by_row,
             batched=True,
             batch_size=_BATCH_SIZE,
             # `datasets` hashes a function of a package by its name alone, and would not notice changed rules.
-            fn_kwargs={"reason": reason, "rules": inspect.getsource(row_rules)},
-            features=Features({"reason": Value("string")}),
-            remove_columns=rows.column_names,
-            num_proc=None if args is None or len(rows) <= _BATCH_SIZE else args.dataset_num_proc,
+            fn_kwargs={"function": function, "rules": _RULES},
+            features=features,
+            remove_columns=dataset.column_names,
+            num_proc=None if args is None or len(dataset) <= _BATCH_SIZE else args.dataset_num_proc,
             desc=desc,
         )
-    return reasons.data["reason"] if len(rows) else pa.nulls(0)  # `map` returns an empty dataset as it is
 
 
-def _add_reasons(batch: Mapping[str, Any], reason: Callable[..., str | None], rules: str) -> dict[str, Any]:
-    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-    return {"reason": [reason(row) for row in rows]}
+def _by_row(batch: Mapping[str, Any], function: Callable[..., dict[str, Any]], rules: str) -> dict[str, list[Any]]:
+    results = [function(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+    return {column: [result[column] for result in results] for column in results[0]}
 
 
 def filter_degenerate_pairs(
@@ -96,12 +136,15 @@ def filter_degenerate_pairs(
 ) -> Dataset:
     """Drop the pairs that have a reason, and count them in one warning, with those that were `dropped` before.
 
-    `name` and `args` are those of `check_dataset`. Raises InputError if no pair is left.
+    `name` and `args` are those of `normalise_datasets`. Raises InputError if no pair is left.
     """
     total = len(dataset) + dropped.total()
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids", "chosen", "rejected"]
-    reasons = _reasons(dataset, columns, reason, f"Looking for degenerate pairs in {name} dataset", args)
-    dropped.update(reasons.drop_null().to_pylist())
+    if len(dataset):  # `map` returns an empty dataset as it is
+        read = ["prompt_ids", "chosen_ids", "rejected_ids", "prompt", "chosen", "rejected"]
+        function = functools.partial(_reason_column, reason=reason)
+        desc = f"Looking for degenerate pairs in {name} dataset"
+        reasons = _map(dataset, read, function, Features(_REASON), desc, args).data["reason"]
+        dropped.update(reasons.drop_null().to_pylist())
     if not dropped.total():
         return dataset
     counts = ", ".join(f"{count} because {why}" for why, count in dropped.most_common() if count)
@@ -116,24 +159,9 @@ def filter_degenerate_pairs(
     return dataset.select(pc.indices_nonzero(pc.is_null(reasons)).to_pylist())
 
 
-def filter_vision_pairs(argument: Any, name: str, args: Any = None) -> Any:
-    """Drop degenerate pairs of vision datasets by their texts; TRL tokenizes these only in the collator."""
-    if isinstance(argument, dict):
-        return {key: filter_vision_pairs(dataset, f"{name} '{key}'", args) for key, dataset in argument.items()}
-    if isinstance(argument, Dataset) and {"image", "images"}.intersection(argument.column_names):
-        return filter_degenerate_pairs(argument, degenerate_reason, name, Counter(), args)
-    return argument
+def _reason_column(row: Mapping[str, Any], reason: Callable[..., str | None]) -> dict[str, Any]:
+    return {"reason": reason(row)}
 
 
-@dataclass
-class CollatorWithWins:
-    """A collator that adds the column `chosen_wins` to the batch of another collator."""
-
-    collator: Callable[[list[dict[str, Any]]], Any]
-
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        """Collate, with the column as a float32 tensor of shape (pairs,)."""
-        wins = torch.tensor([example["chosen_wins"] for example in examples], dtype=torch.float32)
-        batch = self.collator(examples)
-        batch["chosen_wins"] = wins
-        return batch
+def _vision_reason(row: Mapping[str, Any]) -> str | None:
+    return degenerate_reason(normalise_row(row, vision=True))

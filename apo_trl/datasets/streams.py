@@ -1,24 +1,46 @@
-"""Streamed preference datasets: rows are checked, and degenerate pairs dropped, as they arrive."""
+"""Streamed preference datasets: rows are normalised, and degenerate pairs dropped, as they arrive."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from accelerate.logging import get_logger
 
-from apo_trl.errors import InputError
-from apo_trl.io.rows import validate_row
+from apo_trl.errors import InputError, InvalidRow
+from apo_trl.io.rows import normalise_row, row_form
+from apo_trl.io.tokenization import encode_pair
 
-__all__ = ["StreamFilter", "check_streamed_row"]
+__all__ = ["StreamFilter", "check_first_row", "normalise_stream"]
 
 logger = get_logger(__name__)
 
 
-def check_streamed_row(row: dict[str, Any], number: int, *, name: str, needs_wins: bool) -> dict[str, Any]:
-    """Return the row if it is valid, else raise InputError: to be mapped over a stream."""
-    if problem := validate_row(row, needs_wins=needs_wins):
-        raise InputError(f"Row {number} of the {name} stream {problem}.")
-    return row
+def check_first_row(dataset: Any, name: str, needs_wins: bool) -> dict[str, Any]:
+    """Return the first row of a stream in its normal form, or raise InputError if it is invalid, or there is none."""
+    first = next(iter(dataset), None)
+    if first is None:
+        raise InputError(f"The {name} stream has no rows. Use one with at least one pair.")
+    return _normalise(first, 0, name=name, needs_wins=needs_wins)
+
+
+def normalise_stream(dataset: Any, name: str, needs_wins: bool, processor: Any) -> Any:
+    """Return a stream whose rows are normalised as they arrive, and rendered, so that an error names the row."""
+    form = row_form(next(iter(dataset)))
+    function = functools.partial(_normalise, name=name, form=form, needs_wins=needs_wins, processor=processor)
+    return dataset.map(function, with_indices=True)
+
+
+def _normalise(row: dict[str, Any], number: int, *, name: str, processor: Any = None, **options: Any) -> dict[str, Any]:
+    try:
+        normal = normalise_row(row, **options)
+        if processor is not None and "images" not in normal and not isinstance(normal["prompt"], str):
+            encode_pair(processor, normal)
+    except InvalidRow as error:
+        raise InputError(f"Row {number} of the {name} stream {error}.") from error
+    except InputError as error:
+        raise InputError(f"Row {number} of the {name} stream: {error}") from error
+    return normal
 
 
 @dataclass

@@ -53,9 +53,9 @@ def anchor(
 
     Returns:
         `asked`; the counts of `chosen` and `rejected` against the policy; the fields of `suggest`; `dropped` by reason,
-        `judge` and `stopped`; and, by row index, the `outcomes` of chosen and the policy's own `answers`.
+        `judge`, `thoughts` and `stopped`; and, by row index, the `outcomes` of chosen and the policy's own `answers`.
     """
-    rest: dict[str, Any] = {"judge": {}, "stopped": ""}
+    rest: dict[str, Any] = {"judge": {}, "thoughts": {}, "stopped": ""}
     if scores:
         results = [("", "", {"chosen": _by_scores(index, rows[index], scores, settings)}) for index in indices]
     else:

@@ -21,7 +21,7 @@ __all__ = ["compare", "length_controlled", "summarise", "table"]
 def compare(settings: Settings) -> dict[str, Any]:
     """Compare the answers of the two policies of `settings`, A and B, by a judge; write and return `compare.json`.
 
-    It has `a`, `b`, the fields of `summarise`, `judge`, `stopped`, `settings` and `rows`.
+    It has `a`, `b`, the fields of `summarise`, `judge`, `thoughts`, `stopped`, `settings` and `rows`.
     """
     if len(settings.policy) != 2:
         raise InputError(f"policy_model: must be two models, got {len(settings.policy)}. Set --a and --b.")

@@ -11,14 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from apo_trl.datasets.preprocessing import check_dataset
+from apo_trl.datasets.preprocessing import normalise_datasets
 from apo_trl.errors import InputError
 from apo_trl.evaluation.intervals import mean_interval, wilson
 from apo_trl.evaluation.scoring import pair_logps, tokenize_pairs
 from apo_trl.io.files import atomic_write
 from apo_trl.io.readers import load_dataset_splits
 from apo_trl.metrics import regime, regimes
-from apo_trl.models.loading import is_adapter, load_policy, pad_token
+from apo_trl.models.loading import is_adapter, load_policy, local_adapter, pad_token, read_adapter
+from apo_trl.reference import base_change
 
 __all__ = ["evaluate", "read_split", "summarise", "table", "write_rows"]
 
@@ -40,9 +41,10 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Score every pair of a dataset under a policy and its reference; the same call gives the same numbers.
 
-    `model` is the folder of an adapter, or a whole model, which needs the `reference` that training started from; the
-    default reference of an adapter is its base. `dataset` is a file, a folder or a hub name, and `split` "test" by
-    default if it exists. `max_length` truncates the end of each row as training does. The default of `device` is "cuda"
+    `model` is the folder of an adapter, or a whole model, which needs the `reference` that training started from, a
+    model or an adapter. The default reference of an adapter is `ref` in its folder, which TRL saves if it was trained
+    from another adapter, else its base. `dataset` is a file, a folder or a hub name, and `split` "test" by default if
+    it exists. `max_length` truncates the end of each row as training does. The default of `device` is "cuda"
     if available, that of `dtype` float32 on a CPU, else the checkpoint's own.
 
     Returns:
@@ -51,12 +53,13 @@ def evaluate(
         of the policy, and `ref_...` of the reference; the numbers of scored tokens, `..._tokens`; and the texts.
         Degenerate pairs are included; a pair whose prompt alone fills `max_length` is skipped.
     """
-    if reference is None and not is_adapter(model):
-        raise InputError(f"--reference: required, because {model} is a whole model. Set the model it started from.")
+    model = local_adapter(model, "--model")
+    reference = reference or _reference_of(model)
     rows = read_split(dataset, split, limit)
     policy, tokenizer = load_policy(model, device=device, dtype=dtype)
     pairs = tokenize_pairs(rows, tokenizer, max_length)
     scoring = {"pad_token_id": pad_token(tokenizer), "batch_size": batch_size}
+    _check_vocabulary(policy, pairs, f"--model: {model}")
     policy_logps = pair_logps(policy, pairs, **scoring, name="the policy")
     if reference is None:
         with policy.disable_adapter():
@@ -64,11 +67,26 @@ def evaluate(
     else:
         del policy
         other, _ = load_policy(reference, device=device, dtype=dtype, flag="--reference")
-        if (known := other.get_input_embeddings().weight.shape[0]) < len(tokenizer):
-            fault = f"{reference} has {known} tokens, the policy {len(tokenizer)}"
-            raise InputError(f"--reference: {fault}. Set the model that it started from.")
+        _check_vocabulary(other, pairs, f"--reference: {reference}")
         reference_logps = pair_logps(other, pairs, **scoring, name="the reference")
     return [_row(pair, *logps) for pair, *logps in zip(pairs, policy_logps, reference_logps, strict=True)]
+
+
+def _reference_of(model: str) -> str | None:
+    """Return the folder of an adapter's reference, or None if that is its base."""
+    if not is_adapter(model):
+        raise InputError(f"--reference: required, because {model} is a whole model. Set the model it started from.")
+    if is_adapter(folder := str(Path(model, "ref"))):
+        return folder
+    if change := base_change(read_adapter(model, "--model")):
+        raise InputError(f"--reference: required, because {change} of {model} changes its base. Set the one before.")
+    return None
+
+
+def _check_vocabulary(model: Any, pairs: Sequence[Mapping[str, Any]], fault: str) -> None:
+    highest = max(max(pair[ids], default=0) for pair in pairs for ids in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    if highest >= (known := model.get_input_embeddings().weight.shape[0]):
+        raise InputError(f"{fault} has {known} tokens, the pairs have token {highest}. Set a model of this tokenizer.")
 
 
 def read_split(dataset: str, split: str | None, limit: int | None = None) -> Any:
@@ -77,9 +95,7 @@ def read_split(dataset: str, split: str | None, limit: int | None = None) -> Any
     name = split or ("test" if "test" in splits else "train")
     if name not in splits or not len(splits[name]):
         raise InputError(f"--split: {dataset} has no pairs in '{name}'. Use one of {', '.join(splits)}.")
-    rows = splits[name].select(range(len(splits[name]))[:limit])
-    check_dataset(rows, name, False)
-    return rows
+    return normalise_datasets(splits[name].select(range(len(splits[name]))[:limit]), name)
 
 
 def _row(pair: Mapping[str, Any], policy: tuple[float, float], reference: tuple[float, float]) -> dict[str, Any]:

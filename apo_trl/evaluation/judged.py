@@ -24,7 +24,7 @@ def judge_records(
     """Run `make` on every record, with the response cache of `settings.folder`.
 
     Returns the id, the reason of a dropped record, and the result of each record; and a report with `judge`, the
-    judge's statistics, and `stopped`, the reason of an early end.
+    judge's statistics, `thoughts`, how many replies of each role had some, and `stopped`, the reason of an early end.
     """
     check_templates(settings)
     with ResponseCache(settings.folder) as cache:
@@ -32,7 +32,8 @@ def judge_records(
         rows = list(cache.rows())
     results = [(name, reason, json.loads(result) if result else None) for name, reason, _, result, _ in rows]
     judge = judged_summary(json.loads(notes) for *_, notes in rows)
-    return results, {"judge": judge, "stopped": servers.limits.stopped}
+    thoughts = dict(servers.requester.thoughts)
+    return results, {"judge": judge, "thoughts": thoughts, "stopped": servers.limits.stopped}
 
 
 def count_outcomes(outcomes: Iterable[str], wins: str, losses: str) -> dict[str, int]:

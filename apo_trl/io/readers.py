@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from apo_trl.errors import InputError
+from apo_trl.errors import InputError, InvalidRow
 from apo_trl.io.messages import one_line
 from apo_trl.io.resources import packaged
-from apo_trl.io.rows import normalise_row, validate_row
+from apo_trl.io.rows import normalise_row, row_form
 
 __all__ = ["file_builder", "is_local", "load_dataset", "load_dataset_splits", "loading_errors", "open_text"]
 __all__ += ["read_pairs", "read_rows", "valid_rows"]
@@ -37,19 +37,27 @@ def open_text(path: str | Path, errors: str = "strict") -> Any:
 def read_pairs(path: str, split: str = "train") -> Iterator[dict[str, Any]]:
     """Yield the rows of a preference dataset in their normal form, or raise InputError for an invalid one, or none."""
     empty = True
-    for row in valid_rows(path, split):
+    for _, row in _valid_rows(path, split):
         empty = False
-        yield normalise_row(row)
+        yield row
     if empty:
         raise InputError(f"{path}: no rows. Use a dataset with at least one pair.")
 
 
 def valid_rows(path: str, split: str = "train") -> Iterator[dict[str, Any]]:
     """Yield the rows of a preference dataset unchanged, or raise InputError for an invalid one."""
+    yield from (row for row, _ in _valid_rows(path, split))
+
+
+def _valid_rows(path: str, split: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    form = None
     for number, row in enumerate(read_rows(path, split), start=1):
-        if problem := validate_row(row):
-            raise InputError(f"Row {number} (counted from 1) of {path} {problem}.")
-        yield row
+        try:
+            form = form or row_form(row)
+            normal = normalise_row(row, form=form)
+        except InvalidRow as error:
+            raise InputError(f"Row {number} (counted from 1) of {path} {error}.") from error
+        yield row, normal
 
 
 def read_rows(path: str, split: str = "train") -> Iterator[dict[str, Any]]:
@@ -138,6 +146,8 @@ def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
     from datasets.load import load_dataset  # `apo_trl.run` puts ours in the place of `datasets.load_dataset`
 
     path = str(packaged(path) or path)
+    if any(Path(path, file).is_file() for file in ("state.json", "dataset_dict.json")):
+        return _load_from_disk(path, kwargs.get("split"), bool(kwargs.get("streaming")))
     if (builder := file_builder(path)) and Path(path).is_file():
         kwargs.pop("name", None)
         return load_dataset(builder, data_files=path, **kwargs)
@@ -147,6 +157,19 @@ def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
             kwargs.pop("name", None)
             return load_dataset(folder, data_files=files, **kwargs)
     return load_dataset(path, *args, **kwargs)
+
+
+def _load_from_disk(path: str, split: Any, streaming: bool) -> Any:
+    """Load a folder of `save_to_disk` as `load_dataset` returns others; a single dataset is the split "train"."""
+    from datasets import Dataset, DatasetDict, load_from_disk
+
+    saved = load_from_disk(path)
+    splits = DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
+    if split is not None and str(split) not in splits:
+        raise InputError(f"{path}: no split '{split}'. Use one of {', '.join(splits)}, whole.")
+    if streaming:
+        splits = {name: dataset.to_iterable_dataset() for name, dataset in splits.items()}
+    return splits if split is None else splits[str(split)]
 
 
 def load_dataset_splits(

@@ -1,83 +1,164 @@
-"""The rules of a preference row: which rows are invalid, which teach nothing, and their one normal form.
+"""The one reading of a preference row: its normal form, what makes it invalid, and which pairs teach nothing.
 
-A row has `chosen` and `rejected`, and mostly `prompt`, each a string or a list of messages. An invalid row is an
-error; a degenerate pair is valid, teaches nothing, and is dropped and counted. No torch here.
+Training, statistics, evaluation and the data side all read a row as `normalise_row` returns it, so they see the same
+tokens. A degenerate pair is valid, teaches nothing, and is dropped and counted. No torch here.
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["common_prefix_length", "degenerate_reason", "normalise_row", "split_conversation", "validate_row"]
+from apo_trl.errors import InvalidRow
+from apo_trl.io.messages import BEFORE_AN_ANSWER, common_prefix_length, content_text, replace_surrogates
+
+__all__ = ["common_prefix_length", "degenerate_reason", "normalise_messages", "normalise_row"]
+__all__ += ["parse_messages", "row_form"]
 
 
-def validate_row(row: Mapping[str, Any], *, needs_wins: bool = False) -> str | None:
-    """Return why a row is invalid, to follow "row 3 of the train dataset", or None for a valid row."""
+def row_form(row: Mapping[str, Any]) -> str:
+    """Return the form of a row's answers, which all rows of a dataset share: text, messages, or messages as JSON."""
+    chosen = row.get("chosen")
+    if isinstance(chosen, str):
+        return "text" if parse_messages(chosen) is chosen else "messages as JSON"
+    return "messages"
+
+
+def normalise_row(
+    row: Mapping[str, Any], *, form: str | None = None, needs_wins: bool = False, vision: bool | None = None
+) -> dict[str, Any]:
+    """Return a row in its normal form.
+
+    `prompt` is a column of its own, of the kind of the answers, and not repeated in them. The content of a message is
+    text, or parts in a row with images. Messages and `tools` as JSON are parsed, and hold no null but an absent
+    `content`: Parquet and `Dataset.from_list` give every object the keys of all rows. `images` is a list. A row in its
+    normal form stays as it is.
+
+    Args:
+        row: `chosen` and `rejected`, and mostly `prompt`: each a string or a list of messages.
+        form: That of the dataset's first row, by `row_form`, which the row must have too.
+        needs_wins: Whether `chosen_wins` is required.
+        vision: Whether the row has images, by default whether it has the column `images` or `image`.
+
+    Raises:
+        InvalidRow: The row is invalid.
+    """
+    if vision is None:
+        vision = "images" in row or "image" in row
     sides = [side for side in ("prompt", "chosen", "rejected") if side != "prompt" or "prompt" in row]
-    for side in sides:
-        value = row.get(side)
-        if value is None:
-            return f"has no '{side}'. Fill it or remove the row"
-        if isinstance(value, str):
-            continue
-        if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
-            return f"has {_type_name(value)} as '{side}'. It must be a string or a list of messages"
-        if any(not message.get("role") for message in value):
-            return f"has a message without 'role' in '{side}'. Every message needs 'role' and 'content'"
-        if not value and (side == "prompt" or "prompt" not in row):
-            return f"has an empty list as '{side}'. It needs at least one message"
-    strings = {side for side in sides if isinstance(row[side], str)}
-    if strings not in (set(), {"prompt"}, set(sides)):
-        names = " and ".join(map(repr, sorted(strings)))
-        return f"has a string as {names} beside a list of messages. Use one of the two"
-    return _invalid_wins(row) if needs_wins else None
+    values = {side: _side(row.get(side), side, vision) for side in sides}
+    texts = {side for side, value in values.items() if isinstance(value, str)}
+    if texts not in (set(), {"prompt"}, set(sides)):
+        names = " and ".join(map(repr, sorted(texts)))
+        raise InvalidRow(f"has a string as {names} beside a list of messages. Use one of the two")
+    if form and (own := row_form(row)) != form:
+        raise InvalidRow(f"has {own} as 'chosen', the first row {form}. Use one form in all rows")
+    prompt, chosen, rejected = (values.get(side) for side in ("prompt", "chosen", "rejected"))
+    starts = {side[0]["role"] for side in (chosen, rejected) if side and not isinstance(side, str)}
+    if prompt is None or len(texts) == 1 or not starts.isdisjoint(BEFORE_AN_ANSWER):
+        from apo_trl.io.prompt import split_prompt
+
+        prompt, chosen, rejected = split_prompt(row, prompt, chosen, rejected, vision)
+    if needs_wins:
+        _check_wins(row.get("chosen_wins"))
+    normal = {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    for column, kind, empty in (("tools", list, None), ("chat_template_kwargs", dict, {})):
+        if column in row:
+            normal[column] = empty if row[column] is None else _parse(row[column], column, kind)
+    if vision:
+        images = normal.pop("image", row.get("images"))
+        listed = images if isinstance(images, (list, tuple)) else [images]
+        normal["images"] = [image for image in listed if image is not None]
+    return normal
 
 
-def _invalid_wins(row: Mapping[str, Any]) -> str | None:
-    wins = row.get("chosen_wins")
+def _side(value: Any, side: str, vision: bool) -> Any:
+    if value is None:
+        raise InvalidRow(f"has no '{side}'. Fill it or remove the row")
+    if isinstance(value, str):
+        value = parse_messages(value)
+    if isinstance(value, str):
+        return replace_surrogates(value)
+    messages = normalise_messages(value, side, vision)
+    if not messages and side == "prompt":
+        raise InvalidRow(f"has an empty list as '{side}'. It needs at least one message")
+    return messages
+
+
+def parse_messages(text: str) -> Any:
+    """Return the messages that a text holds as JSON, or the text."""
+    if text[:1] == "[" and '"role"' in text:
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+        if isinstance(value, list) and value and all(isinstance(each, dict) and "role" in each for each in value):
+            return value
+    return text
+
+
+def normalise_messages(value: Any, field: str, vision: bool = False) -> list[dict[str, Any]]:
+    """Return messages in their normal form; raise InvalidRow, which names the row's `field`."""
+    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+        kind = f"a list of {type(value[0]).__name__}" if isinstance(value, list) else type(value).__name__
+        raise InvalidRow(f"has {kind} as '{field}'. It must be a string or a list of messages")
+    messages = []
+    for message in value:
+        role, content = message.get("role"), message.get("content")
+        if not role or not isinstance(role, str):
+            raise InvalidRow(f"has a message without 'role' in '{field}'. Every message needs 'role' and 'content'")
+        parts = content if isinstance(content, list) and all(isinstance(part, Mapping) for part in content) else []
+        if vision and parts:
+            content = [_without_nulls(part) for part in parts]
+        elif content is not None:
+            content = content_text(given := content)
+            if content is None:
+                other = next((str(part.get("type")) for part in parts if part.get("type") != "text"), None)
+                kind = type(given).__name__ if other is None else f"a part of type '{other}'"
+                raise InvalidRow(
+                    f"has {kind} as 'content' in '{field}'. Use text; without the column `images` only text is read"
+                )
+        rest = {key: part for key, part in message.items() if key not in ("role", "content")}
+        messages.append({"role": replace_surrogates(role), "content": content, **_json(rest)})
+    return messages
+
+
+def _json(value: Any) -> Any:
+    """Return a value as JSON can hold it, its objects without nulls."""
+    if isinstance(value, Mapping):
+        return _without_nulls({replace_surrogates(str(key)): _json(part) for key, part in value.items()})
+    if isinstance(value, (list, tuple)):
+        return [_json(part) for part in value]
+    if isinstance(value, str):
+        return replace_surrogates(value)
+    if value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 2**63):
+        return value if not isinstance(value, float) or math.isfinite(value) else None
+    return str(value)  # a date of Parquet, for example
+
+
+def _without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: part for key, part in value.items() if part is not None}
+
+
+def _parse(value: Any, column: str, kind: type) -> Any:
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, kind):
+        name = "a list" if kind is list else "an object"
+        raise InvalidRow(f"has no valid '{column}'. It must be {name}, or {name} as JSON")
+    return _json(value)
+
+
+def _check_wins(wins: Any) -> None:
     rule = "'apo_blend' needs the probability, from 0 to 1, that chosen beats the policy's own answer"
     if wins is None:
-        return f"has no 'chosen_wins'. {rule}"
+        raise InvalidRow(f"has no 'chosen_wins'. {rule}")
     if isinstance(wins, bool) or not isinstance(wins, (int, float)):
-        return f"has {wins!r} as 'chosen_wins'. {rule}"
-    return None if not math.isnan(wins) and 0 <= wins <= 1 else f"has chosen_wins={wins}. {rule}"
-
-
-def _type_name(value: Any) -> str:
-    return f"a list of {type(value[0]).__name__}" if isinstance(value, list) and value else type(value).__name__
-
-
-def normalise_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row with a `prompt` of the kind of its answers: its own, or the prefix that both answers share."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    if "prompt" in row:
-        mixed = isinstance(row["prompt"], str) and not isinstance(chosen, str)
-        return {**row, **(split_conversation(row) if mixed else {})}
-    length = common_prefix_length(chosen, rejected)
-    if length == min(len(chosen), len(rejected)):
-        length = max(0, length - 1)  # each side keeps something
-    elif length and chosen[length - 1] == " ":
-        length -= 1  # a space belongs to the word after it
-    return {**row, "prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
-
-
-def split_conversation(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `prompt`, `chosen` and `rejected` as messages for a row with a string as prompt beside two message lists.
-
-    UltraFeedback and the CLAIR set of the APO paper have this form. If both lists begin with the same messages, these
-    are the prompt; else the string becomes the user's message.
-    """
-    chosen, rejected = row["chosen"], row["rejected"]
-    longest = max(0, min(len(chosen), len(rejected)) - 1)  # each side keeps an answer
-    shared = common_prefix_length(chosen[:longest], rejected[:longest])
-    prompt = chosen[:shared] or [{"role": "user", "content": row["prompt"]}]
-    return {"prompt": prompt, "chosen": chosen[shared:], "rejected": rejected[shared:]}
-
-
-def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Return how many elements two sequences begin with in common."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (left, right) in pairs if left != right), min(len(first), len(second)))
+        raise InvalidRow(f"has {wins!r} as 'chosen_wins'. {rule}")
+    if math.isnan(wins) or not 0 <= wins <= 1:
+        raise InvalidRow(f"has chosen_wins={wins}. {rule}")
 
 
 def degenerate_reason(

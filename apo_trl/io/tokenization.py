@@ -1,6 +1,5 @@
 """Tokens of a pair, as training computes them."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,33 +11,37 @@ __all__ = ["encode_pair"]
 
 
 def encode_pair(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[int], list[int]]:
-    """Compute the tokens of prompt, chosen and rejected as `DPOTrainer` of TRL 1.16 does.
+    """Compute the tokens of prompt, chosen and rejected as `DPOTrainer` of TRL 1.16 does, by its function.
 
     The answers end with what the chat template appends, or with the end token if the row holds strings. They start at
     the first difference between the prompt with its answers and the prompt alone.
 
+    Args:
+        tokenizer: A tokenizer, or the processor of a vision model for a row without images.
+        row: A row in any form that `normalise_row` reads.
+
     Raises:
-        InputError: The chat template cannot render the row.
+        InputError: The row is invalid, or the chat template cannot render it.
     """
+    from trl.data_utils import _tokenize
+
     row = normalise_row(row)
     prompt, sides = row["prompt"], [row["chosen"], row["rejected"]]
+    options: dict[str, Any] = {}
+    start_options: dict[str, Any] = {}
     if isinstance(prompt, str):
-        end = tokenizer.eos_token or ""
-        start = list(tokenizer(text=prompt)["input_ids"])
-        whole = [list(tokenizer(text=prompt + side.removesuffix(end) + end)["input_ids"]) for side in sides]
+        end = getattr(tokenizer, "tokenizer", tokenizer).eos_token or ""
+        sides = [side.removesuffix(end) + end for side in sides]
     else:
-        tools = row.get("tools")
-        options = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
-        options |= row.get("chat_template_kwargs") or {}
-
-        def render(messages: list[dict[str, Any]], **more: Any) -> list[int]:
-            return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **more)["input_ids"])
-
-        try:
-            start = render(prompt, add_generation_prompt=True, **options)
-            whole = [render(prompt + side, **options) for side in sides]
-        except Exception as error:  # a template may raise what it likes
-            reason = one_line(error)
-            raise InputError(f"The chat template cannot render this pair: {reason}. Correct the row.") from error
+        options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+        start_options = {"add_generation_prompt": True}
+    try:
+        start = list(_tokenize(tokenizer, prompt, **start_options, **options)["input_ids"])
+        whole = [list(_tokenize(tokenizer, prompt + side, **options)["input_ids"]) for side in sides]
+    except Exception as error:  # a template may raise what it likes
+        remedy = "Correct the row, or set a template that takes it."
+        if not getattr(tokenizer, "chat_template", None):
+            remedy = "Set `tokenizer.chat_template`, or use rows of text."
+        raise InputError(f"The chat template cannot render this pair: {one_line(error)}. {remedy}") from error
     at = min(common_prefix_length(start, ids) for ids in whole)
     return start[:at], whole[0][at:], whole[1][at:]

@@ -1,7 +1,7 @@
 """Load models, adapters and tokenizers; the InputError of a faulty one starts with `field`, the option it is from."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,32 +10,84 @@ from apo_trl.errors import InputError
 from apo_trl.io.messages import one_line
 from apo_trl.models.packaged import resolve_model
 
-__all__ = ["is_adapter", "load_adapter", "load_base", "load_policy", "load_tokenizer", "pad_token", "read_adapter"]
+__all__ = [
+    "is_adapter", "load_adapter", "load_base", "load_config", "load_model", "load_policy", "load_tokenizer",
+    "local_adapter", "pad_token", "read_adapter",
+]  # fmt: skip
+
+_PREFIX = "base_model.model."  # of a base model's names in the files of an adapter
+_ROWS = {  # what an adapter stores of an embedding layer, and the dimension that is the vocabulary
+    "weight": 0,
+    "base_layer.weight": 0,
+    "token_adapter.base_layer.weight": 0,
+    "lora_embedding_A": 1,
+    "lora_B.weight": 0,
+}
 
 
 def load_policy(
     name: str, *, device: str | None = None, dtype: str | None = None, flag: str = "--model"
 ) -> tuple[Any, Any]:
-    """Load a whole model, or an adapter over its base, with TRL's fused head, ready to score, and its tokenizer."""
-    import torch
+    """Load a model or an adapter as `load_model` does, with TRL's fused head, ready to score, and its tokenizer."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
     from trl.trainer.utils import add_fused_lm_head
 
     from apo_trl.prefix_sharing import enable_prefix_sharing
 
-    name = resolve_model(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or ("float32" if device == "cpu" else "auto")
-    config = read_adapter(name, flag) if is_adapter(name) else None
-    base, revision = (config.base_model_name_or_path, config.revision) if config else (name, None)
-    model = load_base(base, flag, revision=revision, dtype=dtype, device_map={"": device})
-    tokenizer = load_tokenizer(name, base, flag, revision=revision)
-    if config:
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(len(tokenizer))
-        model = load_adapter(model, name, config, flag)
-    add_fused_lm_head(model.get_base_model() if config else model)
+    model, tokenizer = load_model(name, flag, device=device, dtype=dtype)
+    if isinstance(model.get_output_embeddings(), (BaseTunerLayer, TrainableTokensWrapper)):
+        remedy = "Merge it with `apo-trl merge`, and set the result and --reference"
+        raise InputError(f"{flag}: {name} adapts the output layer, which TRL's fused head does not support. {remedy}.")
+    add_fused_lm_head(model.get_base_model() if hasattr(model, "peft_config") else model)
     enable_prefix_sharing(model.eval())
     return model, tokenizer
+
+
+def load_model(
+    name: str, field: str, *, auto_class: Any = None, device: str | None = None, dtype: str | None = None
+) -> tuple[Any, Any]:
+    """Load a whole model, or an adapter over its base, and its tokenizer.
+
+    `device` is "cuda" by default if available, and `dtype` float32 on a CPU, else the checkpoint's own.
+    """
+    import torch
+
+    name = resolve_model(local_adapter(name, field))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"dtype": dtype or ("float32" if device == "cpu" else "auto")}
+    options |= {"device_map": {"": device}, "auto_class": auto_class}
+    if not is_adapter(name):
+        return load_base(name, field, **options), load_tokenizer(name, field=field)
+    config = read_adapter(name, field)
+    base, options["revision"] = config.base_model_name_or_path, config.revision
+    model = load_adapter(load_base(base, field, **options), name, config, field)
+    return model, load_tokenizer(name, base, field, revision=config.revision)
+
+
+def load_config(name: str | None, **options: Any) -> Any:
+    """Load the configuration of the model that a run trains; `options` are those of `from_pretrained`."""
+    from transformers import AutoConfig
+
+    if not name:
+        raise InputError("model_name_or_path: required, not set. Set a local folder or a hub name.")
+    if is_adapter(name):
+        from apo_trl.reference import adapter_as_model
+
+        raise adapter_as_model("model_name_or_path", name)
+    with _loading(f"model_name_or_path: '{name}' cannot be loaded", "Set a local folder, or check the name."):
+        return AutoConfig.from_pretrained(name, **options)
+
+
+def local_adapter(name: str, field: str) -> str:
+    """Return the local copy of an adapter on the Hub; any other folder or name is unchanged."""
+    from huggingface_hub import snapshot_download
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if Path(name).exists() or name.count("/") != 1:
+        return name
+    with _loading(f"{field}: {name} cannot be loaded"):
+        return str(snapshot_download(name)) if find_adapter_config_file(name) else name
 
 
 def is_adapter(name: str) -> bool:
@@ -44,54 +96,80 @@ def is_adapter(name: str) -> bool:
 
 
 def read_adapter(folder: str, field: str) -> Any:
-    """Read the configuration of an adapter in a local folder."""
+    """Read the configuration of an adapter in a local folder.
+
+    Raises:
+        InputError: It cannot be loaded, or only over a changed base that its files do not restore.
+    """
     from peft import PeftConfig
 
     files = ("adapter_config.json", "adapter_model.*")
     if not all(any(Path(folder).glob(file)) for file in files):  # PEFT would search the Hub
         raise InputError(f"{field}: {folder} has no {' and '.join(files)}. Set the folder that training saved.")
     with _loading(f"{field}: {folder} cannot be loaded"):
-        return PeftConfig.from_pretrained(folder)
+        config = PeftConfig.from_pretrained(folder)
+    init = str(getattr(config, "init_lora_weights", ""))  # PEFT repeats "pissa" and "olora", which are deterministic
+    if init.lower().startswith(("pissa_niter", "corda", "loftq", "lora_ga")):
+        remedy = "Save it with PEFT's path_initial_model_for_weight_conversion"
+        raise InputError(f"{field}: {folder} needs the base that init_lora_weights='{init}' changed. {remedy}.")
+    return config
 
 
 def load_base(
     name: str | None, field: str, *, auto_class: Any = None, unquantised: bool = False, **options: Any
 ) -> Any:
-    """Load a model as `auto_class`, or as the class in its configuration, as TRL does.
+    """Load a model as `auto_class`, or as the class in its configuration, as TRL does, with all of its weights.
 
-    `options` are those of `from_pretrained`. An `auto_class` also loads the folder of an adapter.
+    `options` are those of `from_pretrained`.
     """
     import transformers
 
     if not name:
         raise InputError(f"{field}: the adapter names no base model. Add base_model_name_or_path to its configuration.")
     with _loading(f"{field}: {name} cannot be loaded"):
-        if auto_class is not None:
-            return auto_class.from_pretrained(name, **options)
         config = transformers.AutoConfig.from_pretrained(name, revision=options.get("revision"))
         if unquantised and getattr(config, "quantization_config", None):
             raise InputError(f"{field}: {name} is quantised. Set the unquantised model.")
-        architecture = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
-        return architecture.from_pretrained(name, **options)
+        named = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
+        model, info = (auto_class or named).from_pretrained(name, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):  # transformers initialises them at random
+        kind = (auto_class or type(model)).__name__
+        raise InputError(f"{field}: '{name}' has no weights for {missing[0]}. Set a complete {kind}.")
+    return model
 
 
 def load_adapter(base: Any, folder: str, config: Any, field: str) -> Any:
-    """Load an adapter onto its base model, and check that every weight has its layer."""
+    """Load an adapter onto its base model, resized to its vocabulary, and check that every weight has its layer."""
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
+    from peft.utils import load_peft_weights
 
     fault = f"{field}: {folder} does not fit its base model"
     with _loading(fault, "Set the base model that it was trained on."), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")  # the base has more such layers
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # `merge` unties them
+        weights = load_peft_weights(folder, device="cpu")
+        _fit_vocabulary(base, weights)
         model = PeftModel.from_pretrained(base, folder, config=config)
-        weights = Path(folder) / "adapter_model.safetensors"
-        if weights.is_file():  # PEFT ignores weights without a layer
-            with safe_open(weights, "pt") as file:
-                stored = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118
-            if unused := stored - get_peft_model_state_dict(model, save_embedding_layers=False).keys():
-                raise ValueError(f"no layers for {len(unused)} of its weights, such as {min(unused)}")
+        lora = {name for name in weights if "lora_" in name}  # PEFT ignores weights without a layer
+        if unused := lora - get_peft_model_state_dict(model, save_embedding_layers=False).keys():
+            raise ValueError(f"no layers for {len(unused)} of its weights, such as {min(unused)}")
         return model
+
+
+def _fit_vocabulary(base: Any, weights: Mapping[str, Any]) -> None:
+    """Resize the embeddings to the rows of those that an adapter stores: tokens were added, or rows for padding."""
+    inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
+    rows = {}
+    for name, module in base.named_modules():
+        if module is inputs or module is outputs:
+            stored = {suffix: weights.get(f"{_PREFIX}{name}.{suffix}") for suffix in _ROWS}
+            sizes = [weight.shape[_ROWS[suffix]] for suffix, weight in stored.items() if weight is not None]
+            rows[module] = max(sizes, default=0)
+    known, wanted = inputs.weight.shape[0], max(rows.values(), default=0)
+    if wanted > known and outputs is not None and outputs.weight is not inputs.weight and not all(rows.values()):
+        raise ValueError(f"only one of its two embeddings has the {wanted - known} added tokens")
+    if wanted not in (0, known):
+        base.resize_token_embeddings(wanted, mean_resizing=False)  # the new rows are loaded next
 
 
 def load_tokenizer(

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from apo_trl.errors import InputError
+from apo_trl.io.messages import replace_surrogates
 from apo_trl.pairs.build import check_templates, each_row, take_over_shards
 from apo_trl.pairs.config.settings import Role, Settings
-from apo_trl.pairs.llm.requests import Dropped, Request, read_reply, usage_of
+from apo_trl.pairs.llm.reply import choices_of, usage_of
+from apo_trl.pairs.llm.requests import Dropped, Request, Requester
 from apo_trl.pairs.llm.response_cache import ResponseCache
 from apo_trl.pairs.prompts import PromptSource
 
@@ -66,7 +68,7 @@ def export_batch(settings: Settings, store: ResponseCache) -> dict[Path, int]:
         raise Dropped("not_answered")
 
     with contextlib.ExitStack() as stack:
-        asyncio.run(each_row(settings, iter(source), store, send, lambda ended: None))
+        asyncio.run(each_row(settings, iter(source), Requester(settings, store, send), lambda ended: None))
     return written
 
 
@@ -92,21 +94,16 @@ def import_batch(settings: Settings, store: ResponseCache, files: Sequence[str])
 def _import_line(store: ResponseCache, line: str, roles: Mapping[str, Role]) -> str:
     try:
         entry = json.loads(line)
-        key, response = str(entry["custom_id"]), entry["response"]
-    except (ValueError, KeyError, TypeError):
+        key, response = replace_surrogates(str(entry["custom_id"])), entry["response"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "unreadable"
     request = store.exported(key)
     if request is None:
         return "unknown custom_id"
     if store.reply(key) is not None:
         return "imported before"
-    try:
-        body = response["body"]
-        read_reply(body)  # as every run will
-        failed = entry.get("error") or response.get("status_code", 200) != 200
-    except (LookupError, TypeError, AttributeError):
-        failed = True
-    if failed:
+    body = response.get("body") if isinstance(response, dict) else None
+    if not choices_of(body) or entry.get("error") or response.get("status_code", 200) != 200:
         return "failed"
     role, usage = roles.get(request["role"]), usage_of(body)
     store.add(key, json.dumps(body), **request, usage=usage, cost=role.cost(*usage) if role else 0.0)

@@ -1,6 +1,7 @@
 """Run a recipe: every row goes through its method, many at a time, and ends as a pair or under a reason."""
 
 import asyncio
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 from apo_trl.errors import InputError
 from apo_trl.pairs.config.settings import Settings
 from apo_trl.pairs.judging import Notes
-from apo_trl.pairs.llm.requests import Dropped, Requester, Send, Stopped
+from apo_trl.pairs.llm.requests import Dropped, Requester, Stopped
 from apo_trl.pairs.llm.response_cache import ResponseCache
 from apo_trl.pairs.llm.servers import Servers
 from apo_trl.pairs.methods import make_pair
@@ -51,7 +52,7 @@ def build(settings: Settings) -> Result:
             progress.say(f"{bad} of {records.total()} rows cannot be used: {next(filter(None, records))}")
         servers = process_all(settings, source, store, progress, _make_row)
         limits = servers.limits
-        return write(settings, store, stopped=limits.stopped, broken=limits.broken, servers=servers.notes)
+        return write(settings, store, limits.stopped, limits.broken, servers.notes, servers.requester.thoughts)
 
 
 def check_templates(settings: Settings) -> None:
@@ -82,14 +83,23 @@ def process_all(
         store.end_row(position, id, reason=reason, detail=detail, pair=row, notes=json.dumps(notes))
         progress.ended(reason)
 
+    async def commit() -> None:
+        while True:
+            await asyncio.sleep(2)
+            store.commit()
+
     async def run() -> Servers:
         servers = Servers(settings, store, progress.say)
         store.begin()
+        committing = asyncio.create_task(commit())
         try:
             with progress.showing(servers.limits):
-                await each_row(settings, iter(records), store, servers.send, end, make)
+                await each_row(settings, iter(records), servers.requester, end, make)
         finally:
+            committing.cancel()
             await servers.close()
+        with contextlib.suppress(asyncio.CancelledError):
+            await committing  # which may have failed
         return servers
 
     return asyncio.run(run())
@@ -98,13 +108,11 @@ def process_all(
 async def each_row(
     settings: Settings,
     records: Iterator[Record],
-    store: ResponseCache,
-    send: Send,
+    requester: Requester,
     end: Callable[[End], None],
     make: Make = make_pair,
 ) -> None:
     """Process every record with `make`, and call `end` as each of them finishes."""
-    requester = Requester(settings, store, send)
     # Rows wait at one role while others are at the next: twice what the servers take keeps them busy.
     servers = {role.base_url or role.model for role in settings.roles}
     widest = max([settings.concurrency, *(role.batch_size for role in settings.roles if role.base_url is None)])
@@ -114,7 +122,10 @@ async def each_row(
             notes: Notes = {}
             try:
                 end(End(record, await make(requester, settings, record, notes), notes))
+                requester.ended(None)
             except Dropped as dropped:
+                if not record.fault and dropped.reason != "not_answered":
+                    requester.ended(None, dropped.reason, dropped.detail)
                 end(End(record, None, notes, dropped.reason, dropped.detail))
             except Stopped as stopped:
                 end(End(record, None, notes, "not_asked", str(stopped)))

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from apo_trl.pairs.build import End, check_templates, each_row
 from apo_trl.pairs.config.settings import Role, Settings
 from apo_trl.pairs.llm.limits import tokens_of
-from apo_trl.pairs.llm.requests import Dropped, Request
+from apo_trl.pairs.llm.requests import Dropped, Request, Requester
 from apo_trl.pairs.llm.response_cache import ResponseCache
 from apo_trl.pairs.prompts import PromptSource
 from apo_trl.pairs.text.templates import load_template
@@ -53,7 +53,7 @@ def estimate(settings: Settings, store: ResponseCache) -> dict[str, dict[str, fl
                 if _STAGES.index(role.name) > _STAGES.index(missing[ended.record.id]):
                     count(role, *_later(settings, role, ended.record.prompt, answer))
 
-    asyncio.run(each_row(settings, iter(source), store, send, end))
+    asyncio.run(each_row(settings, iter(source), Requester(settings, store, send), end))
     tokens = {name: (use["prompt_tokens"], use["completion_tokens"]) for name, use in counts.items()}
     return {role.name: {**counts[role.name], "cost": role.cost(*tokens[role.name])} for role in settings.roles}
 

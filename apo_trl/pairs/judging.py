@@ -150,4 +150,6 @@ async def _judged(asker: Requester, settings: Settings, record: Record, step: st
     if reply.finish == "stop" and parse(reply.text) is None:
         asked = template.ask_again(record.prompt, asked, reply.text, problem, **answers)
         (reply,) = await asker.ask(judge, step, asked.messages, row=record.id, template=template.digest)
-    return parse(reply.text) if reply.finish == "stop" else None, reply.text
+    result = parse(reply.text) if reply.finish == "stop" else None
+    asker.fault(judge, reply) or asker.ended(judge, "judge_invalid" if result is None else "")
+    return result, reply.text

@@ -10,7 +10,7 @@ from typing import Any
 
 from apo_trl.pairs.config.settings import Role, Settings
 from apo_trl.pairs.judging import Notes, Pair, rank
-from apo_trl.pairs.llm.requests import Dropped, Reply, Requester, gather_all
+from apo_trl.pairs.llm.requests import Dropped, Requester, gather_all
 from apo_trl.pairs.prompts import Answer, Record
 from apo_trl.pairs.text.filters import RevisionLimits, is_refusal, revision_reason
 from apo_trl.pairs.text.revisions import Malformed, parse_revision
@@ -47,10 +47,11 @@ async def _stronger(asker: Requester, settings: Settings, record: Record, notes:
     role = settings.stronger
     answer = (await own_answers(asker, settings, record, settings.responses))[0]
     (reply,) = await asker.ask(role, "sample", _with_system(role, record), row=record.id)
-    if not reply.refused:
-        _check_complete(role, reply)
-    if reply.refused or is_refusal(reply.text):
-        raise Dropped("stronger_refused")
+    if reply.refused or (not reply.fault and is_refusal(reply.text)):
+        raise asker.ended(role, "stronger_refused")
+    if fault := asker.fault(role, reply):
+        raise fault
+    asker.ended(role)
     return Pair(Answer(reply.text, role.public_model), answer)
 
 
@@ -89,13 +90,14 @@ async def sample(asker: Requester, role: Role, record: Record, count: int) -> li
     """
     messages = _with_system(role, record)
     replies = await asker.ask(role, "sample", messages, row=record.id, samples=range(count))
-    if same := count - len({reply.text for reply in replies}):
+    if same := count - len({reply.text or reply.thoughts for reply in replies}):
         # Two equal samples: the same seed used twice, a caching proxy, or a very sure model.
         replies += await asker.ask(role, "sample", messages, row=record.id, samples=range(count, count + same))
-    usable = [reply for reply in replies if reply.finish == "stop" and reply.text.strip()]
+    usable = [reply for reply in replies if not reply.fault]
+    faults = [fault for reply in replies if (fault := asker.fault(role, reply))]
     if len(usable) < min(count, 2):
-        for reply in replies:
-            _check_complete(role, reply)
+        raise faults[0]
+    asker.ended(role)
     return [Answer(reply.text, role.public_model) for reply in usable]
 
 
@@ -108,26 +110,20 @@ async def _revise(asker: Requester, settings: Settings, record: Record, pair: Pa
     while revision is None:
         (reply,) = await asker.ask(role, "revise", asked.messages, row=record.id, template=template.digest)
         if reply.refused:
-            raise Dropped("refused")
-        _check_complete(role, reply)
+            raise asker.ended(role, "refused")
+        if fault := asker.fault(role, reply):
+            raise fault
         try:
             revision = parse_revision(reply.text, f"revision{asked.suffix}")
         except Malformed as error:
             if is_refusal(reply.text) or repaired:
-                raise Dropped("refused" if is_refusal(reply.text) else "malformed", str(error)) from None
+                raise asker.ended(role, "refused" if is_refusal(reply.text) else "malformed", str(error)) from None
             asked, repaired = template.ask_again(record.prompt, asked, reply.text, str(error), answer=answer), True
     limits = RevisionLimits(max_edit_distance=settings.max_edit_distance, max_length_ratio=settings.max_length_ratio)
     if reason := revision_reason(record.prompt[-1]["content"], answer, revision.text, limits):
-        raise Dropped(reason)
+        raise asker.ended(role, reason)
+    asker.ended(role)
     return pair._replace(chosen=Answer(revision.text, role.public_model), rationale=revision.rationale)
-
-
-def _check_complete(role: Role, reply: Reply) -> None:
-    if reply.finish != "stop":
-        names = {"length": "truncated", "content_filter": "filtered"}
-        raise Dropped(f"{role.name}_{names.get(reply.finish, 'unfinished')}", f"finish_reason {reply.finish}")
-    if not reply.text.strip():
-        raise Dropped(f"{role.name}_empty")
 
 
 def _with_system(role: Role, record: Record) -> list[dict[str, Any]]:

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apo_trl.errors import InputError
+from apo_trl.errors import InputError, InvalidRow
 from apo_trl.io.messages import content_text, replace_surrogates
 from apo_trl.io.readers import file_builder, open_text, read_rows
 from apo_trl.io.resources import packaged
+from apo_trl.io.rows import normalise_messages, parse_messages
 from apo_trl.pairs.config.keys import Settings, shard_of
 
 __all__ = ["Answer", "PromptSource", "Record", "read_records"]
@@ -124,19 +125,19 @@ def _read(row: Any) -> tuple[Any, list[dict[str, Any]], tuple[Answer, ...]]:
 
 
 def _messages(value: Any, field: str) -> list[dict[str, Any]]:
-    if isinstance(value, str) and field == "prompt":
+    if isinstance(value, str) and isinstance(value := parse_messages(value), str) and field == "prompt":
         value = [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+    try:
+        messages = normalise_messages(value, field)
+    except InvalidRow as error:
+        raise _Unusable(str(error)) from error
+    if not messages:
         raise _Unusable(f"needs a string or a list of messages as '{field}'")
-    messages = []
-    for message in value:
-        role, content = str(message.get("role") or ""), message.get("content")
-        text = content_text("" if content is None and message.get("tool_calls") else content)
-        if text is None or not re.fullmatch(r"[A-Za-z][A-Za-z_-]{0,30}", role):
-            raise _Unusable(f"has a message in '{field}' without a 'role' such as user, or whose 'content' is not text")
-        # Parquet fills absent fields with None, which servers refuse.
-        rest = {key: part for key, part in message.items() if key not in ("role", "content") and part is not None}
-        messages.append({"role": role, "content": text, **rest})
+    for message in messages:
+        if message["content"] is None and message.get("tool_calls"):
+            message["content"] = ""
+        if message["content"] is None or not re.fullmatch(r"[A-Za-z][A-Za-z_-]{0,30}", message["role"]):
+            raise _Unusable(f"has a message in '{field}' without a 'role' such as user, or without text as 'content'")
     return messages
 
 

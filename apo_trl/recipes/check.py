@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from apo_trl.errors import InputError
 from apo_trl.io.resources import find_recipe, read_yaml
-from apo_trl.io.rows import validate_row
 from apo_trl.recipes.catalog import is_unpaired, local_dataset
 
 __all__ = ["Finding", "check"]
@@ -70,22 +69,27 @@ def _settings(run: Any, unpaired: bool) -> Iterator[Finding]:
 
 
 def _data(run: Any) -> Iterator[Finding]:
+    from apo_trl.datasets.preprocessing import normalise_datasets
+    from apo_trl.datasets.rendering import first_failure
     from apo_trl.io.tokenization import encode_pair
     from apo_trl.models.loading import load_tokenizer
 
     model, longest, wins = run.model.model_name_or_path, run.training.max_length, "apo_blend" in run.training.loss_type
     tokenizer: Any = None
     for split, rows in local_dataset(run).items():
-        faults = ((number, validate_row(row, needs_wins=wins)) for number, row in enumerate(rows))
-        messages = (f"Row {number} of the {split} dataset {fault}." for number, fault in faults if fault)
-        if first := next(messages, ""):
-            yield Finding("error", first)
+        try:
+            rows = normalise_datasets(rows, split, wins)
+        except InputError as error:
+            yield Finding("error", str(error))
+            continue
+        try:
+            tokenizer = tokenizer or load_tokenizer(model)
+        except InputError:
+            yield Finding("note", f"max_length: not checked, no tokenizer of {model} is here.")
+            continue
+        if failure := first_failure(rows, split, tokenizer):
+            yield Finding("error", failure)
         elif longest is not None:
-            try:
-                tokenizer = tokenizer or load_tokenizer(model)
-            except InputError:
-                yield Finding("note", f"max_length: not checked, no tokenizer of {model} is here.")
-                continue
             too_long = [len(encode_pair(tokenizer, row)[0]) >= longest for row in rows]
             if any(too_long):
                 count = f"{sum(too_long)} of {len(too_long)} rows of the {split} dataset"

@@ -5,7 +5,6 @@ import warnings
 from typing import Any
 
 from apo_trl.errors import InputError, nearest
-from apo_trl.io.messages import one_line
 from apo_trl.io.readers import load_dataset_splits, loading_errors
 from apo_trl.training.arguments import Run
 from apo_trl.training.checkpoints import last_checkpoint, resume_from
@@ -20,21 +19,16 @@ def make_trainer(run: Run, trainer_class: Any = None) -> Any:
     Raises:
         InputError: The model or the dataset cannot be loaded, or a split is missing.
     """
-    from transformers import AutoConfig
     from trl import get_peft_config, get_quantization_config
 
+    from apo_trl.models.loading import load_config
     from apo_trl.models.packaged import resolve_model
     from apo_trl.trainer import APOTrainer
 
     script, training, model, _ = run
-    if not model.model_name_or_path:
-        raise InputError("model_name_or_path: required, not set. Set a model folder or a hub name.")
-    name = model.model_name_or_path = resolve_model(model.model_name_or_path)
+    name = model.model_name_or_path = resolve_model(model.model_name_or_path or "")
     source = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
-    try:
-        AutoConfig.from_pretrained(name, **source)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model_name_or_path: '{name}' cannot be loaded: {one_line(error)}. Check it.") from error
+    load_config(name, **source)
     source |= {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
     training.model_init_kwargs = source | (training.model_init_kwargs or {})
     dataset = load_run_dataset(run)

@@ -97,7 +97,10 @@ def read_log(history: Iterable[Any]) -> Log:
         step = entry.get("step") if isinstance(entry, Mapping) else None
         if type(step) is not int or not 0 <= step < 10**15:
             continue
-        for key, value in entry.items():
+        of_set = next((key.removesuffix("runtime") for key in entry if re.fullmatch("eval_.+_runtime", key)), "eval_")
+        for name, value in entry.items():
+            # TRL alone logs most metrics of every evaluation set as "eval_".
+            key = re.sub("^eval_", of_set, name) if not name.startswith(of_set) else name
             if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
                 infinite = math.inf if value > 0 else -math.inf
                 log.setdefault(key, {})[step] = infinite if abs(value) > HUGE else float(value)

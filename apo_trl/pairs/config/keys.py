@@ -125,7 +125,7 @@ class Settings(_Keys):
     concurrency: int = _key(32, "requests in flight at each server", ge=1)
     max_requests: int | None = _key(None, "limit over all runs into output_dir; 0 uses cached responses only", ge=0)
     max_cost: float | None = _key(None, "limit over all runs into output_dir, in the unit of the prices", ge=0)
-    max_failures: int = _key(20, "failed requests in a row that stop the run", ge=1)
+    max_failures: int = _key(20, "requests failed in a row, or first replies dropped alike, that stop the run", ge=1)
     judge_protocol: _Protocol = _key(
         "pairwise", "pairwise (both orders), pointwise (scores), reward_model (a classifier)"
     )
@@ -135,6 +135,7 @@ class Settings(_Keys):
     tokenizer: str | None = _key(None, "the training model's, to measure pairs in tokens and after truncation")
     max_length: int | None = _key(None, "of training: drops pairs that it makes identical (needs tokenizer)", ge=1)
     eval_sets: list[str] = _key([], "files of evaluation prompts to look for among the prompts")
+    cache_by_url: bool = _key(False, "do not share cached replies between servers whose models have the same name")
     shard: str | None = _key(None, "i/n: only this share of the prompts, for array jobs")
     dry_run: bool = _key(False, "estimate requests and tokens, and send nothing")
     policy: tuple[Role, ...] = ()

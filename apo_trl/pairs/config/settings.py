@@ -113,6 +113,11 @@ def _check(settings: Settings) -> None:
         raise InputError("max_length: needs `tokenizer`. Set it to the folder or hub name of the model to be trained.")
     if len(policies) > 1 and not (method == "off_policy_judge" and all(role.model for role in policies)):
         raise InputError("policy_model: must be one name, or, for off_policy_judge only, several. Correct the list.")
+    if len({(role.model, role.base_url if settings.cache_by_url else None) for role in policies}) < len(policies):
+        raise InputError(
+            "policy_model: duplicate name. Set each once (num_responses is the number of answers), or, if servers have "
+            "different models of one name, cache_by_url: true."
+        )
     if "judge" in USED[method] and settings.responses < 2:
         raise InputError(f"num_responses: must be >= 2 for a judge, got {settings.responses}. Set 2 or more.")
     for name in USED[method] - {"policy"}:

@@ -10,6 +10,7 @@ import openai
 
 from apo_trl.io.messages import one_line
 from apo_trl.pairs.config.settings import Role, Settings
+from apo_trl.pairs.llm.reply import choices_of
 from apo_trl.pairs.llm.requests import RequestFailed
 
 __all__ = ["InProcess", "Server"]
@@ -48,10 +49,9 @@ async def _require_completion(response: Any) -> None:
         return
     try:
         body = json.loads(await response.aread())
-        complete = body["choices"] and all(isinstance(each.get("message") or {}, dict) for each in body["choices"])
-    except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, or of another shape
-        complete = False
-    if not complete:
+    except (ValueError, RecursionError):  # not JSON, or too deep
+        body = None
+    if not choices_of(body):
         raise httpx2.RemoteProtocolError("the response is not a chat completion", request=response.request)
     response.extensions["json"] = body
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from apo_trl.errors import InputError
-from apo_trl.models.loading import is_adapter, load_base, load_tokenizer
+from apo_trl.models.loading import load_model
+from apo_trl.pairs.llm.reply import MARKS, open_thoughts
 
 __all__ = ["Generator", "RewardModel", "sampling_scores"]
 
@@ -37,15 +38,9 @@ class _ChatModel:
 
     def __init__(self, model: str, *, dtype: str | None = None, device: str | None = None, batch_size: int = 8) -> None:
         self.name, self.batch_size = model, batch_size
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or ("float32" if device == "cpu" else "auto")
-        options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
-        self.model, loading = load_base(model, "model", auto_class=self.auto_class, **options)
-        base = self.model.config.name_or_path if is_adapter(model) else model
-        self.tokenizer = load_tokenizer(model, base, "model")
-        if missing := sorted(loading["missing_keys"]):  # transformers initialises them at random
-            kind = self.auto_class.__name__
-            raise InputError(f"model: '{model}' has no weights for {missing[0]}. Set a complete {kind}.")
+        loaded, self.tokenizer = load_model(model, "model", auto_class=self.auto_class, device=device, dtype=dtype)
+        adapter = getattr(loaded, "active_peft_config", None)  # its layers are in the base model; a prompt's are not
+        self.model = loaded if adapter is None or adapter.is_prompt_learning else loaded.get_base_model()
         if not self.tokenizer.chat_template:
             raise InputError(f"model: '{model}' has no chat template. Add a chat_template.jinja to its folder.")
         config = self.model.config.get_text_config()
@@ -95,6 +90,7 @@ class _ChatModel:
 
 class _Request(NamedTuple):
     ids: list[int]
+    start: str
     limit: int
     temperature: float
     top_p: float
@@ -116,6 +112,7 @@ class Generator(_ChatModel):
         own = self.model.generation_config.eos_token_id
         ends = {*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id} - {None}
         self._ends: list[int] = sorted(ends)
+        self._marks = {token: mark for mark, token in self.tokenizer.get_vocab().items() if mark in MARKS}
         # Replaced, since `generate` takes what a request's config does not set, such as penalties, from the model's.
         self.model.generation_config = transformers.GenerationConfig()
 
@@ -144,7 +141,8 @@ class Generator(_ChatModel):
         if left < 1:
             raise InputError(f"messages: {len(ids)} tokens fill the context of {self._context}. Shorten them.")
         limit = min(body.get("max_tokens", 1024), left)
-        return _Request(ids, limit, body.get("temperature", 1.0), body.get("top_p", 1.0), body.get("seed"))
+        start = open_thoughts(self.tokenizer.decode(ids[-8:]))  # of the reply, which the chat template has begun
+        return _Request(ids, start, limit, body.get("temperature", 1.0), body.get("top_p", 1.0), body.get("seed"))
 
     @torch.inference_mode()
     def _generate(self, batch: list[_Request]) -> list[dict[str, Any]]:
@@ -164,10 +162,16 @@ class Generator(_ChatModel):
         for request, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             tokens = row[: request.limit]
             end = next((index for index, token in enumerate(tokens) if token in self._ends), len(tokens))
-            text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = request.start + self._decode(tokens[:end])
             usage = {"prompt_tokens": len(request.ids), "completion_tokens": len(tokens[: end + 1])}
             responses.append(_completion(text, "stop" if end < len(tokens) else "length") | {"usage": usage})
         return responses
+
+    def _decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens without special ones, except those that mark thoughts."""
+        options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        parts = groupby(tokens, self._marks.get)
+        return "".join(mark or self.tokenizer.decode(list(part), **options) for mark, part in parts)
 
 
 class _Noise(transformers.LogitsProcessor):

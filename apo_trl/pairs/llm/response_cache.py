@@ -1,6 +1,6 @@
 """All responses, as they came, in one SQLite file: nothing that was paid for is requested again.
 
-The key of a response covers what determines it, and not the method or the row: equal requests share a response.
+The key of a response covers what determines it, and not the method, the row or the server: equal requests share one.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS rows (
     position INTEGER PRIMARY KEY, id TEXT, reason TEXT, detail TEXT, pair TEXT, notes TEXT
 );
 """
+_ADD = f"INSERT OR IGNORE INTO replies VALUES (?{',?' * 11})"
 
 
 def reply_key(**parts: Any) -> str:
@@ -42,7 +43,8 @@ def reply_key(**parts: Any) -> str:
 class ResponseCache(contextlib.ExitStack):
     """The file `store.sqlite` of an output folder, open for one process at a time; a context manager.
 
-    Every write is a transaction of its own in a write-ahead log, so a killed process loses no finished write.
+    SQLite's write-ahead log does not work on network file systems, and a transaction for each response is slower than
+    some servers. So responses are also appended to `store.pending` until `commit`, and a killed process loses none.
 
     Raises:
         InputError: The folder is in use or not writable, or the file is not a response cache.
@@ -51,14 +53,19 @@ class ResponseCache(contextlib.ExitStack):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.path = folder / "store.sqlite"
+        self._failed = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.enter_context(FileLock(str(folder / "store.lock"), blocking=False))
-            self._base = self.enter_context(contextlib.closing(sqlite3.connect(self.path, isolation_level=None)))
-            self._base.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _SCHEMA)
+            self._base = self.enter_context(contextlib.closing(sqlite3.connect(self.path, 60, isolation_level=None)))
+            self._base.executescript("PRAGMA journal_mode=DELETE;" + _SCHEMA)
+            self._pending = self.enter_context(_pending(self.path).open("ab", buffering=0))
+            self._replay(self.path)
+            self.callback(self._finish)
         except Timeout:
             raise InputError(f"output_dir: another run is writing to {folder}. Wait, or set another folder.") from None
         except OSError as error:
+            self.close()
             raise InputError(f"output_dir: {folder}: {error.strerror}. Set a writable folder.") from error
         except sqlite3.Error as error:
             self.close()
@@ -66,17 +73,44 @@ class ResponseCache(contextlib.ExitStack):
 
     def _write(self, statement: str, *values: Any) -> None:
         try:
+            if not self._base.in_transaction:
+                self._base.execute("BEGIN")
+            if statement == _ADD:
+                self._pending.write(json.dumps(values).encode() + b"\n")
             self._base.execute(statement, values)
-        except sqlite3.OperationalError as error:  # a full disk, for example; what is stored is safe
+        except (sqlite3.OperationalError, OSError) as error:  # a full disk, for example; what is stored is safe
+            self._failed = True  # SQLite may have ended the transaction: the next run replays it
             raise InputError(f"output_dir: {self.path} cannot be written ({error}). Run it again.") from error
+
+    def commit(self) -> None:
+        """End the transaction that the first write began."""
+        if self._base.in_transaction:
+            self._write("COMMIT")
+            if not self._failed:
+                self._pending.truncate(0)
+
+    def _finish(self) -> None:
+        self.commit()
+        if not self._failed:
+            _pending(self.path).unlink(missing_ok=True)
+
+    def _replay(self, path: Path) -> None:
+        """Add the responses that a process had not committed when it was killed, or has not yet."""
+        self._base.execute("BEGIN")
+        if _pending(path).exists():
+            for line in _pending(path).read_bytes().splitlines():
+                with contextlib.suppress(ValueError):  # the last line may be cut off
+                    self._base.execute(_ADD, json.loads(line))
+        self.commit()
 
     def _json(self, statement: str, key: str) -> Any:
         row = self._base.execute(statement, (key,)).fetchone()
         return json.loads(row[0]) if row else None
 
-    def reply(self, key: str) -> Any:
-        """Return the body of a cached response, or None."""
-        return self._json("SELECT body FROM replies WHERE key = ?", key)
+    def reply(self, *keys: str) -> Any:
+        """Return the body of the cached response of the first of the keys that has one, or None."""
+        bodies = (self._json("SELECT body FROM replies WHERE key = ?", key) for key in keys)
+        return next((body for body in bodies if body is not None), None)
 
     def add(
         self, key: str, body: str, *, role: str, step: str, row: str, sample: int, model: str, requests: int = 1,
@@ -84,7 +118,7 @@ class ResponseCache(contextlib.ExitStack):
     ) -> None:  # fmt: skip
         """Store a response unless its key has one, which may have been used; one request may have several."""
         values = (key, role, step, row, sample, model, body, requests, *usage, cost, time.time())
-        self._write(f"INSERT OR IGNORE INTO replies VALUES (?{',?' * 11})", *values)
+        self._write(_ADD, *values)
 
     def usage(self) -> dict[str, dict[str, float]]:
         """Return `requests`, `prompt_tokens`, `completion_tokens` and `cost` of all runs by role."""
@@ -109,7 +143,9 @@ class ResponseCache(contextlib.ExitStack):
 
     def take_over(self, other: Path) -> int:
         """Copy the responses of another cache file; return how many were new."""
+        self.commit()
         before = self._base.total_changes
+        self._replay(other)  # first, or what is committed meanwhile would be missing
         try:
             self._base.execute("ATTACH ? AS other", (str(other),))
             self._base.execute("INSERT OR IGNORE INTO replies SELECT * FROM other.replies")
@@ -131,6 +167,10 @@ class ResponseCache(contextlib.ExitStack):
     def rows(self) -> Iterator[tuple[str, str, str, str, str]]:
         """Yield `id, reason, detail, pair, notes` of every row, in the order of the prompts."""
         yield from self._base.execute("SELECT id, reason, detail, pair, notes FROM rows ORDER BY position")
+
+
+def _pending(path: Path) -> Path:
+    return path.with_suffix(".pending")
 
 
 def _not_a_cache(path: Path, error: sqlite3.Error) -> InputError:

@@ -11,7 +11,8 @@ from typing import Any
 
 from apo_trl.pairs.config.settings import Role, Settings
 from apo_trl.pairs.llm.limits import Budget, RateLimiter, tokens_of
-from apo_trl.pairs.llm.requests import Dropped, Request, RequestFailed, gather_all, parameters_of, read_reply, usage_of
+from apo_trl.pairs.llm.reply import choices_of, read_reply, usage_of
+from apo_trl.pairs.llm.requests import Dropped, Request, Requester, RequestFailed, gather_all, parameters_of
 from apo_trl.pairs.llm.response_cache import ResponseCache, reply_key
 
 __all__ = ["Servers"]
@@ -34,6 +35,7 @@ class Servers:
             role.base_url or role: asyncio.Semaphore(settings.concurrency if role.base_url else 2 * role.batch_size)
             for role in settings.roles
         }
+        self.requester = Requester(settings, store, self.send, self.limits.give_up)
         self._backends: dict[Any, Any] = {}
         self._probes: dict[Role, asyncio.Task[Features]] = {}
 
@@ -76,7 +78,7 @@ class Servers:
             raise Dropped(f"{role.name}_error", error.message) from error
         return {
             request.key: self._keep(request, response | {"choices": [choice]}, counted=request is first)
-            for request, choice in zip(requests, response["choices"], strict=False)
+            for request, choice in zip(requests, choices_of(response), strict=False)
         }
 
     async def _post(self, request: Request, body: dict[str, Any]) -> Any:
@@ -146,7 +148,9 @@ class Servers:
                 f"{_place(role)} refuses every request: {refusal}. Correct the URL or the name of the model;"
                 " null leaves a parameter out, as in policy_top_p: null."
             )
-        works = {"n": len(first["choices"]) == 2, "seed": read_reply(first).text == read_reply(second).text}
+        # Without finish reasons the usage shows whether a reply is complete, and that of several replies is one sum.
+        several = len(choices_of(first)) == 2 and bool(choices_of(first)[0].get("finish_reason"))
+        works = {"n": several, "seed": read_reply(first) == read_reply(second)}
         features: Features = {name: works[name] if name in sent else None for name in works}
         self._keep(probe, features, counted=False)
         self._say(f"{role.name} {role.public_model}: {_describe(features)}.")

@@ -36,8 +36,9 @@ class Result(NamedTuple):
 
 
 def write(
-    settings: Settings, store: ResponseCache, stopped: str = "", broken: bool = False, servers: Mapping[str, str] = {}
-) -> Result:
+    settings: Settings, store: ResponseCache, stopped: str = "", broken: bool = False,
+    servers: Mapping[str, str] = {}, thoughts: Mapping[str, int] = {},
+) -> Result:  # fmt: skip
     """Write `pairs.jsonl`, `pairs.parquet`, `report.json` and `README.md` from the rows of the cache."""
     folder = settings.folder
     tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
@@ -74,6 +75,7 @@ def write(
             "roles": roles,
             "cost": sum(role["cost"] for role in roles.values()),
             "servers": dict(servers),
+            "thoughts": dict(thoughts),
             "contrast": contrast,
             "settings": settings.described(),
             **({"judge": judged} if judged else {}),

@@ -16,6 +16,8 @@ from apo_trl.io.tokenization import encode_pair
 
 __all__ = ["LENGTHS", "MEASURES", "Statistics", "contrast", "words"]
 
+# Longer answers take seconds: larger distances of them are estimated from the first 50,000 characters that differ.
+_WHOLE, _NEAR = 50_000, 5_000
 _SHARES = [step / 10 for step in range(11)]
 LENGTHS = [0, *(digit * 10**power for power in range(5) for digit in (1, 2, 5)), 100_000]
 _RATIOS = [0, 1 / 8, 1 / 4, 1 / 2, 2 / 3, 4 / 5, 1 / 1.1, 1.1, 5 / 4, 3 / 2, 2, 4, 8]
@@ -45,7 +47,7 @@ def words(text: str) -> list[str]:
 def contrast(
     prompt: str, chosen: str, rejected: str, tokenize: Callable[[str], Sequence[Hashable]] = words
 ) -> dict[str, float]:
-    """Compute MEASURES for two answers to a prompt.
+    """Compute MEASURES for two answers to a prompt, and whether the edit distance is `estimated`.
 
     Two empty answers are the same. In `length_ratio` an empty answer counts as one token.
     """
@@ -56,7 +58,7 @@ def _measure(
     prompt_tokens: int, chosen: Sequence[Hashable], rejected: Sequence[Hashable], *texts: str
 ) -> dict[str, float]:
     longer, prefix = max(len(chosen), len(rejected)), common_prefix_length(chosen, rejected)
-    distance = Levenshtein.distance(*texts)
+    distance, estimated = _edit_distance(*texts)
     return {
         "jaccard": len({*chosen} & {*rejected}) / len({*chosen, *rejected}) if longer else 1.0,
         "levenshtein": distance,
@@ -67,7 +69,20 @@ def _measure(
         "prompt_tokens": prompt_tokens,
         "chosen_tokens": len(chosen),
         "rejected_tokens": len(rejected),
+        "estimated": estimated,
     }
+
+
+def _edit_distance(first: str, second: str) -> tuple[int, bool]:
+    whole = len(first) * len(second) <= _WHOLE**2
+    distance = Levenshtein.distance(first, second, score_cutoff=None if whole else _NEAR)
+    if whole or distance <= _NEAR:
+        return distance, False
+    for _ in range(2):  # drop the common prefix, then the common suffix
+        shared = common_prefix_length(first, second)
+        first, second = first[shared:][::-1], second[shared:][::-1]
+    scale = max(1, len(first) / _WHOLE, len(second) / _WHOLE)
+    return round(scale * Levenshtein.distance(first[:_WHOLE], second[:_WHOLE])), scale > 1
 
 
 _Columns = dict[str, "array[float]"]
@@ -84,7 +99,8 @@ class Statistics:
         if max_length is not None and tokenizer is None:
             raise InputError("max_length: needs a tokenizer. Set that of the model to be trained.")
         self._tokenizer, self._max_length = tokenizer, max_length
-        self._before, self._after = ({name: array("d") for name in ("identical", *MEASURES)} for _ in range(2))
+        names = ("identical", "estimated", *MEASURES)
+        self._before, self._after = ({name: array("d") for name in names} for _ in range(2))
         self._filled = self._cut_alike = 0
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -121,8 +137,9 @@ class Statistics:
     def summary(self) -> dict[str, Any]:
         """Return the figures, ready for JSON.
 
-        `before` has `pairs`, the shares `identical`, `chosen_longer` and `rejected_longer` (in tokens), and for each
-        measure mean, median, p5, p95, min, max and histogram; so has `after`, without the pairs that TRL drops.
+        `before` has `pairs`, of these with an `estimated` edit distance, the shares `identical`, `chosen_longer` and
+        `rejected_longer` (in tokens), and for each measure mean, median, p5, p95, min, max and histogram; so has
+        `after`, without the pairs that TRL drops.
         """
         tokens = "words and punctuation"
         if self._tokenizer is not None:
@@ -151,6 +168,7 @@ def _summary(columns: _Columns) -> dict[str, Any]:
         "identical": float(np.mean(columns["identical"])),
         "chosen_longer": float((longer > 0).mean()),
         "rejected_longer": float((longer < 0).mean()),
+        "estimated": int(sum(columns["estimated"])),
         **{name: _describe(np.array(columns[name]), edges) for name, (_, edges) in MEASURES.items()},
     }
 

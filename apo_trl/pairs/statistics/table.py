@@ -9,6 +9,7 @@ __all__ = ["table"]
 
 _NUMBERS = ("mean", "median", "p5", "p95", "min", "max")
 _SHARES = "{identical:.1%} identical; chosen longer in {chosen_longer:.1%}, rejected longer in {rejected_longer:.1%}."
+_ESTIMATED = "\nlevenshtein of {estimated:,} pairs: estimated from the first 50,000 characters that differ."
 _HEAD = """\
 How far apart the chosen and the rejected answers are (tokens: {tokens}).
 {pairs:,} pairs. """
@@ -23,20 +24,24 @@ def table(summary: Mapping[str, Any]) -> str:
     if not summary["pairs"]:
         return "No pairs."
     parts = {"": summary["before"]}
-    lines = [_HEAD.format(**summary) + _SHARES.format(**summary["before"])]
+    lines = [_HEAD.format(**summary) + _shares(summary["before"])]
     if (after := summary.get("after")) and after["pairs"]:
         parts["  after"] = after
-        lines.append(_AFTER.format(**summary) + _SHARES.format(**after))
+        lines.append(_AFTER.format(**summary) + _shares(after))
     elif after:
         lines.append(f"Nothing is left after truncation to max_length={summary['max_length']}: every prompt fills it.")
-    lines += ["", f"{'':<23}" + "".join(f"{head:>9}" for head in _NUMBERS) + "  how many pairs lie where"]
+    lines += ["", f"{'':<23}" + "".join(f" {head:>8}" for head in _NUMBERS) + "  how many pairs lie where"]
     for name, (meaning, edges) in MEASURES.items():
         form = ",.1f" if edges is LENGTHS else ",.3f"
         for label, part in parts.items():
-            numbers = "".join(f"{part[name][number]:>9{form}}" for number in _NUMBERS)
+            numbers = "".join(f" {part[name][number]:>8{form}}" for number in _NUMBERS)
             lines.append(f"{label or name:<23}{numbers}  {_bars(**part[name]['histogram'])}")
         lines.append(f"    {meaning}")
     return "\n".join(lines)
+
+
+def _shares(part: Mapping[str, Any]) -> str:
+    return (_SHARES + _ESTIMATED * bool(part["estimated"])).format(**part)
 
 
 def _bars(edges: Sequence[float], counts: Sequence[int]) -> str:

@@ -30,9 +30,6 @@ def parse_revision(reply: str, tag: str = "revision") -> Revision:
     Raises:
         Malformed: The reply has no answer, or it may be incomplete or have a remark behind it.
     """
-    reply = re.sub(r"\A\s*<think(?:ing)?>.*?</think(?:ing)?>", "", reply, flags=re.I | re.S)  # of a reasoning model
-    if re.match(r"\s*<think(?:ing)?>", reply, re.I):
-        raise Malformed("it stops before its thoughts come to an end.")
     if any(not match["end"] for match in _tags(tag).finditer(reply)):
         return _from_tags(reply, tag)
     return _from_headings(reply, tag)

@@ -81,16 +81,13 @@ def from_recipe(run: Any, **sharding: Any) -> Plan:
 
     Raises InputError as `plan` does, and if the configuration cannot be read or `max_length` is not set.
     """
-    from transformers import AutoConfig
     from trl import get_peft_config
 
+    from apo_trl.models.loading import load_config
+
     training, model = run.training, run.model
-    name, code = model.model_name_or_path, training.trust_remote_code
-    try:
-        config = AutoConfig.from_pretrained(name or "", revision=model.model_revision, trust_remote_code=code)
-    except (OSError, ValueError) as error:
-        problem = f"configuration of {name!r} not found" if name else "required, not set"
-        raise InputError(f"model_name_or_path: {problem}. Set a local folder.") from error
+    code = training.trust_remote_code
+    config = load_config(model.model_name_or_path, revision=model.model_revision, trust_remote_code=code)
     if training.max_length is None:
         raise InputError("max_length: null, so the longest row is unknown. Set --max_length to a number to plan for.")
     dtype = config.dtype if model.dtype == "auto" else model.dtype

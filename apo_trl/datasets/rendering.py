@@ -1,0 +1,56 @@
+"""The first row of every dataset is rendered before the model is loaded; a later one that fails is found."""
+
+from typing import Any
+
+from datasets import IterableDataset
+
+from apo_trl.datasets.preprocessing import map_datasets
+from apo_trl.errors import InputError
+from apo_trl.io.tokenization import encode_pair
+
+__all__ = ["first_failure", "render_first_rows"]
+
+
+def render_first_rows(argument: Any, name: str, needs_wins: bool, processor: Any) -> Any:
+    """Render the first row of every dataset of one argument of the trainer, and return the argument.
+
+    Rows of streams are normalised and rendered as they arrive. Warns of prompts that begin with the BOS token, if the
+    tokenizer adds it too.
+
+    Raises:
+        InputError: The tokenizer, or the processor of a vision model, cannot render a row.
+    """
+
+    def render(dataset: Any, name: str) -> Any:
+        if isinstance(dataset, IterableDataset):
+            from apo_trl.datasets.streams import normalise_stream
+
+            dataset = normalise_stream(dataset, name, needs_wins, processor)
+        _render_first_row(dataset, name, processor)
+        return dataset
+
+    return map_datasets(argument, name, render)
+
+
+def _render_first_row(dataset: Any, name: str, processor: Any) -> None:
+    first = next(iter(dataset))
+    if "image" in first or "images" in first:
+        from apo_trl.datasets.collators import render_images
+
+        render_images(first, name, processor)
+    elif isinstance(first["prompt"], str):
+        from apo_trl.datasets.bos import warn_of_second_bos
+
+        warn_of_second_bos(dataset, name, getattr(processor, "tokenizer", processor))
+    elif failure := first_failure([first], name, processor):
+        raise InputError(failure)
+
+
+def first_failure(rows: Any, name: str, processor: Any) -> str:
+    """Return which row is the first that cannot be rendered, and why, or an empty string, as for a stream."""
+    for number, row in enumerate(() if isinstance(rows, IterableDataset) else rows):
+        try:
+            encode_pair(processor, row)
+        except InputError as error:
+            return f"Row {number} of the {name} dataset: {error}"
+    return ""
