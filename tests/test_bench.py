@@ -3,12 +3,17 @@
 import json
 import re
 
+import fake_flash
 import pytest
+import torch
 from conftest import rows
 from test_cli import write
+from transformers import LlamaConfig
 
-from apo_trl.benchmark.cases import CASES
+from apo_trl.benchmark import measure
+from apo_trl.benchmark.cases import CASES, Case, build_model, random_batches
 from apo_trl.cli import main as cli
+from apo_trl.prefix_sharing import enable_prefix_sharing
 
 
 @pytest.mark.filterwarnings("ignore:.*None of the inputs have requires_grad.*:UserWarning")
@@ -31,6 +36,20 @@ def test_it_compares_while_it_times(model_dir, tmp_path, capsys):
     assert figures["3 pairs of 3 ranked answers, 170 / 150"]["tokens_saved"] > 2.5
     out = capsys.readouterr().out
     assert out.count("\n|") == 2 + len(figures)
+
+
+def test_the_distance_from_float32_is_measured_without_a_flash_kernel():
+    """The kernels take bfloat16 and float16 only; the stand-in would take float32, too."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=64, num_hidden_layers=1, use_cache=False, **shape)
+    with fake_flash.installed():
+        network = build_model(config, 1, "bfloat16", "cpu", attention="flash_attention_2")
+        padded = network.forward
+        enable_prefix_sharing(network)
+        (batch,) = random_batches(Case(8, 8, batches=1), 64)
+        assert 0 < measure._error(network, (padded, network.forward), batch) < 2
+        assert {call["dtype"] for call in fake_flash.CALLS} == {torch.bfloat16}
+        assert network.config._attn_implementation == "flash_attention_2"
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path, capsys):

@@ -246,10 +246,12 @@ def test_a_copy_of_the_model_computes_with_its_own_weights():
 
 def test_a_second_trainer_of_the_same_model(train, model_dir):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
-    first = train(model=model, padding_free=True, steps=2)
-    again = train(model=model, padding_free=True, steps=2)
+    settings = {"steps": 2, "ref_model": transformers.AutoModelForCausalLM.from_pretrained(model_dir)}
+    first = train(model=model, padding_free=True, **settings)
+    again = train(model=model, padding_free=True, **settings)
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
-    expected = [train(model=model, padding_free=False, steps=2) for _ in range(2)]
+    settings["ref_model"] = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    expected = [train(model=model, padding_free=False, **settings) for _ in range(2)]
     for ours, theirs in zip((first, again), expected, strict=True):
         assert curve(ours) == pytest.approx(curve(theirs), rel=1e-5)
 
