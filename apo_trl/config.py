@@ -12,8 +12,8 @@ from apo_trl.errors import InputError, nearest
 from apo_trl.losses import LOSSES
 
 __all__ = [
-    "ADDED_LOSSES", "BATCH_LOSSES", "SMOOTHED_LOSSES", "TRL_LOSSES", "APOConfig", "balances_tokens", "check_config",
-    "groups_prompts", "keeps_degenerate_pairs", "loss_names",
+    "ADDED_LOSSES", "SMOOTHED_LOSSES", "TRL_LOSSES", "APOConfig", "check_config", "groups_prompts",
+    "keeps_degenerate_pairs", "loss_names",
 ]  # fmt: skip
 
 _LISTED = re.findall(r"'(\w+)'", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
@@ -31,9 +31,6 @@ ADDED_LOSSES = {name: loss for name, loss in LOSSES.items() if name not in TRL_L
 
 SMOOTHED_LOSSES = {"exo_pair", "robust", "aot", "aot_unpaired"}
 """The losses that read `label_smoothing`."""
-
-BATCH_LOSSES = {"aot", "aot_unpaired", "sft"}
-"""The losses that depend on which pairs share a micro-batch: they sort it, or average over its tokens."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -92,13 +89,10 @@ def check_config(config: DPOConfig) -> None:
     for name in names:
         if name not in known:
             raise InputError(f"loss_type: '{name}' is unknown.{nearest(name, known)} Use one of {', '.join(known)}.")
-        if name in ADDED_LOSSES and config.f_divergence_type != "reverse_kl":
-            raise InputError(
-                f"f_divergence_type: '{config.f_divergence_type}' is not supported with loss_type '{name}'. "
-                "Set it to 'reverse_kl'."
-            )
-        if name in ADDED_LOSSES and config.use_weighting:
-            raise InputError(f"use_weighting: True is not supported with loss_type '{name}'. Set it to False.")
+        for option, default in (("f_divergence_type", "reverse_kl"), ("use_weighting", False)):
+            if name in ADDED_LOSSES and (value := getattr(config, option)) != default:
+                fault = f"{option}: {value!r} is not supported with loss_type '{name}'"
+                raise InputError(f"{fault}. Set it to {default!r}.")
     if config.loss_weights and len(config.loss_weights) != len(names):
         raise InputError(
             f"loss_weights: must have one weight for each of the {len(names)} losses in loss_type "
@@ -119,12 +113,6 @@ def _other_order(config: DPOConfig) -> str:
 def groups_prompts(config: DPOConfig | None) -> bool:
     """Return whether pairs of one prompt share a batch."""
     return isinstance(config, APOConfig) and config.group_by_prompt
-
-
-def balances_tokens(config: DPOConfig) -> bool:
-    """Return whether the pairs of an optimizer step may be distributed over its micro-batches by their tokens."""
-    balances = isinstance(config, APOConfig) and config.balance_tokens and config.padding_free
-    return balances and not BATCH_LOSSES.intersection(loss_names(config))
 
 
 def keeps_degenerate_pairs(config: DPOConfig | None) -> bool:

@@ -5,12 +5,15 @@ policy and reference agree. Each function takes log-ratios of shape (pairs,) and
 (pairs,). Inputs below float32 are computed in float32. Different shapes raise ValueError instead of broadcasting.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = ["LOSSES", "PER_TOKEN_LOSSES", "apo_blend", "apo_down", "apo_down_norm", "apo_zero", "apo_zero_norm"]
+__all__ += ["apply_loss", "pair_columns"]
 
 # sigmoid(-x) and not 1 - sigmoid(x): in bfloat16 at x = 8 its slope is -3.36e-4 (true: -3.35e-4), the other's is 0.
 
@@ -94,6 +97,30 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 PER_TOKEN_LOSSES = frozenset({"apo_zero_norm", "apo_down_norm", "sigmoid_norm", "ipo"})
 """The losses, TRL's included, of length-normalised log-ratios."""
+
+
+def pair_columns(log_probs: Tensor, batch: Mapping[str, Tensor], ld_alpha: float | None) -> dict[str, Tensor]:
+    """Compute log-ratios and lengths, each of shape (pairs,), of the log-probs of tokens in a batch of `DPOTrainer`."""
+    scored = batch["completion_mask"][:, 1:]
+    # Prompt-learning PEFT prepends virtual tokens to the outputs; the real ones are the last.
+    logps = log_probs[:, -scored.size(1) :]
+    chosen_lengths, rejected_lengths = scored.sum(dim=1).chunk(2)
+    if ld_alpha is not None:
+        shorter = torch.minimum(chosen_lengths, rejected_lengths).repeat(2).unsqueeze(1)
+        logps = logps * torch.where(scored.cumsum(dim=1) > shorter, ld_alpha, 1.0)
+    chosen_logps, rejected_logps = logps.sum(dim=1).chunk(2)
+    return {
+        "chosen_logratios": chosen_logps - batch["ref_chosen_logps"],
+        "rejected_logratios": rejected_logps - batch["ref_rejected_logps"],
+        "chosen_lengths": chosen_lengths,
+        "rejected_lengths": rejected_lengths,
+    }
+
+
+def apply_loss(loss: Callable[..., Tensor], pairs: Mapping[str, Any], *, beta: float) -> Tensor:
+    """Compute a loss of the columns that it takes, out of log-ratios, lengths and `chosen_wins` by their names."""
+    parameters = inspect.signature(loss).parameters
+    return loss(**{name: value for name, value in pairs.items() if name in parameters}, beta=beta)
 
 
 def _as_floats(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,49 +3,23 @@
 The slope of a pair is the length of the gradient of its loss with respect to its two rewards.
 """
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from apo_trl.losses import LOSSES, PER_TOKEN_LOSSES
+from apo_trl.losses import LOSSES, PER_TOKEN_LOSSES, apply_loss
 
 __all__ = ["PAIR_LOSSES", "Saturation", "largest_slope", "slope"]
 
+PAIR_LOSSES = frozenset({
+    *LOSSES, "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
+    "discopop",
+})  # fmt: skip
+"""The losses in which each pair has a slope of its own: not those that sort the batch, and not `sft`.
 
-def _exo_pair(margin: Tensor, smoothing: float) -> Tensor:
-    chosen, rejected = torch.tensor(1 - smoothing).log(), torch.tensor(smoothing).log()
-    return margin.sigmoid() * (logsigmoid(margin) - chosen) + (-margin).sigmoid() * (logsigmoid(-margin) - rejected)
-
-
-def _robust(margin: Tensor, smoothing: float) -> Tensor:
-    return (smoothing * logsigmoid(-margin) - (1 - smoothing) * logsigmoid(margin)) / (1 - 2 * smoothing)
-
-
-def _discopop(margin: Tensor, tau: float) -> Tensor:
-    share = torch.sigmoid(margin / tau)
-    return share * torch.exp(-margin) - (1 - share) * logsigmoid(margin)
-
-
-# TRL's losses of single pairs, after its equations: a and b are the rewards of chosen and rejected, s is the DPOConfig.
-_TRL_LOSSES: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
-    "sigmoid": lambda a, b, s: -logsigmoid(a - b),
-    "sigmoid_norm": lambda a, b, s: -logsigmoid(a - b),
-    "hinge": lambda a, b, s: torch.relu(1 - (a - b)),
-    "ipo": lambda a, b, s: ((a - b - 0.5) / s.beta) ** 2,
-    "exo_pair": lambda a, b, s: _exo_pair(a - b, s.label_smoothing),
-    "nca_pair": lambda a, b, s: -logsigmoid(a) - 0.5 * logsigmoid(-a) - 0.5 * logsigmoid(-b),
-    "robust": lambda a, b, s: _robust(a - b, s.label_smoothing),
-    "bco_pair": lambda a, b, s: -logsigmoid(a) - logsigmoid(-b),
-    "sppo_hard": lambda a, b, s: ((a - 0.5) ** 2 + (b + 0.5) ** 2) / s.beta**2,
-    "discopop": lambda a, b, s: _discopop(a - b, s.discopop_tau),
-}
-
-PAIR_LOSSES = frozenset({*_TRL_LOSSES, *LOSSES})
-"""The losses in which each pair has a slope of its own: not those that sort the batch, and not `sft`."""
+Those of TRL are in `trl_losses.EQUATIONS`, which a run with ours does not load."""
 
 
 def slope(name: str, chosen: Tensor, rejected: Tensor, config: Any, chosen_wins: Tensor | None = None) -> Tensor:
@@ -55,14 +29,14 @@ def slope(name: str, chosen: Tensor, rejected: Tensor, config: Any, chosen_wins:
     """
     with torch.enable_grad():
         chosen, rejected = chosen.detach().requires_grad_(), rejected.detach().requires_grad_()
-        if name in _TRL_LOSSES:
-            losses = _TRL_LOSSES[name](chosen, rejected, config)
+        if name in LOSSES:
+            pairs = {"chosen_logratios": chosen, "rejected_logratios": rejected, "chosen_wins": chosen_wins}
+            lengths = dict.fromkeys(("chosen_lengths", "rejected_lengths"), torch.ones_like(chosen))
+            losses = apply_loss(LOSSES[name], pairs | lengths, beta=1.0)
         else:
-            ones = torch.ones_like(chosen)
-            columns = {"chosen_lengths": ones, "rejected_lengths": ones, "chosen_wins": chosen_wins}
-            parameters = inspect.signature(LOSSES[name]).parameters
-            columns = {column: value for column, value in columns.items() if column in parameters}
-            losses = LOSSES[name](chosen, rejected, beta=1.0, **columns)
+            from apo_trl.trl_losses import EQUATIONS
+
+            losses = EQUATIONS[name](chosen, rejected, config)
         return torch.hypot(*torch.autograd.grad(losses.sum(), (chosen, rejected), materialize_grads=True))
 
 

@@ -5,10 +5,7 @@ first, through TRL's own method, and passes TRL a model that records the log-pro
 metrics follow from the two. Forward, reference, logging and TRL's losses stay TRL's; no TRL method is copied.
 """
 
-import functools
 import inspect
-from collections import Counter
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,24 +14,15 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import AutoProcessor, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from apo_trl.config import (
-    ADDED_LOSSES,
-    SMOOTHED_LOSSES,
-    APOConfig,
-    check_config,
-    groups_prompts,
-    keeps_degenerate_pairs,
-    loss_names,
-)
+from apo_trl.config import ADDED_LOSSES, SMOOTHED_LOSSES, APOConfig, check_config, groups_prompts, loss_names
 from apo_trl.datasets.preprocessing import filter_degenerate_pairs, normalise_datasets
 from apo_trl.datasets.rendering import first_failure, render_first_rows
 from apo_trl.errors import InputError
-from apo_trl.io.rows import degenerate_reason
-from apo_trl.losses import LOSSES
+from apo_trl.losses import LOSSES, apply_loss, pair_columns
 from apo_trl.metrics import pair_metrics
 from apo_trl.saturation import Saturation
 
@@ -42,7 +30,6 @@ __all__ = ["APOTrainer"]
 
 logger = get_logger(__name__)
 
-_PARALLELISM = {"tp": "tensor", "cp": "context", "sp": "sequence"}
 _PAPER = {
     "title": "Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
     "id": "2408.06266",
@@ -64,8 +51,8 @@ class _AnchoredTrainer(DPOTrainer):
         bound = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs)
         model, config = bound.arguments["model"], bound.arguments.get("args")
         peft_config, ref_model = bound.arguments.get("peft_config"), bound.arguments.get("ref_model")
+        path = model if isinstance(model, str) else get_config_model_id(model.config)
         if config is None:  # as TRL
-            path = model if isinstance(model, str) else get_config_model_id(model.config)
             kind, suffix = (APOConfig, "APO") if isinstance(self, APOTrainer) else (DPOConfig, "DPO")
             config = bound.arguments["args"] = kind(f"{path.rstrip('/').split('/')[-1]}-{suffix}")
         self._check(config, bound.arguments.get("train_dataset"))
@@ -77,19 +64,20 @@ class _AnchoredTrainer(DPOTrainer):
         needs_wins = "apo_blend" in loss_names(config)
         datasets = {name: bound.arguments.get(f"{name}_dataset") for name in ("train", "eval")}
         datasets = {name: normalise_datasets(each, name, needs_wins, config) for name, each in datasets.items()}
-        processor = bound.arguments.get("processing_class") or _load_processor(model, config)
+        processor = bound.arguments.get("processing_class")
+        if processor is None:  # as TRL, which loads the model first
+            revision = (config.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+            options = {"revision": revision, "trust_remote_code": config.trust_remote_code}
+            processor = AutoProcessor.from_pretrained(path, **options)
         for name, each in datasets.items():
             bound.arguments[f"{name}_dataset"] = render_first_rows(each, name, needs_wins, processor)
         bound.arguments["processing_class"] = processor
 
-        padding_free = config.padding_free
-        if padding_free:
-            config.padding_free = False  # TRL would warn that it does not support it
+        padding_free, config.padding_free = config.padding_free, False  # TRL would warn that it does not support it
         try:
             super().__init__(*bound.args[1:], **bound.kwargs)
         finally:
-            if padding_free:
-                config.padding_free = True
+            config.padding_free = padding_free
         self._sharing: Any = None
         if self.args.padding_free:
             self._share_prefixes()
@@ -98,18 +86,14 @@ class _AnchoredTrainer(DPOTrainer):
         self.loss_types = [name for name, _ in terms_of_trl]
         self.loss_weights = [weight for _, weight in terms_of_trl]
         if len(self.loss_terms) > 1:
-            from apo_trl.mixture import RecordingWeight
+            from apo_trl.trl_losses import RecordingWeight
 
             self.loss_weights = [RecordingWeight(weight) for weight in self.loss_weights]
         self._saturation = Saturation([name for name, _ in self.loss_terms], self.args)
-        if self._is_vision_dataset:
-            from apo_trl.datasets.collators import VisionCollator
+        if needs_wins or self._is_vision_dataset:
+            from apo_trl.datasets.collators import RowCollator
 
-            self.data_collator = VisionCollator(self.data_collator)
-        if needs_wins:
-            from apo_trl.datasets.collators import CollatorWithWins
-
-            self.data_collator = CollatorWithWins(self.data_collator)
+            self.data_collator = RowCollator(self.data_collator, self._is_vision_dataset, needs_wins)
 
     def _check(self, config: DPOConfig, train_dataset: Any) -> None:
         """Check the settings before a model is loaded, and set what the model card cites."""
@@ -126,39 +110,21 @@ class _AnchoredTrainer(DPOTrainer):
                 f"label_smoothing={config.label_smoothing} has no effect on loss_type {', '.join(names)}: only "
                 f"{', '.join(sorted(SMOOTHED_LOSSES))} read it. Remove it."
             )
-        if isinstance(train_dataset, IterableDataset) and config.max_steps <= 0:
-            raise InputError("max_steps: required for a stream, whose length is unknown. Set the number of steps.")
-        if groups_prompts(config) and isinstance(train_dataset, IterableDataset):
-            raise InputError(
-                "group_by_prompt: not supported for a stream. Set it to False, or load the dataset without streaming."
-            )
+        if isinstance(train_dataset, IterableDataset):
+            from apo_trl.datasets.streams import check_settings
+
+            check_settings(config)
 
     def _share_prefixes(self) -> None:
-        from apo_trl.prefix_sharing import PackingCollator, PrefixSharing, enable_prefix_sharing
+        from apo_trl.prefix_sharing import PackingCollator, PrefixSharing, enable_prefix_sharing, padded_reason
 
-        self._sharing = PrefixSharing(self._padded_reason(), all_agree=self._all_agree)
+        self._sharing = PrefixSharing(padded_reason(self), all_agree=self._all_agree)
         models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
         unwrapped = (self.accelerator.unwrap_model(model, keep_torch_compile=False) for model in models)
         enable_prefix_sharing(*unwrapped, sharing=self._sharing)
         # A dispatching loader concatenates the batches of all processes, tensor by tensor.
         if not self._sharing.reason and not self.args.accelerator_config.dispatch_batches:
             self.data_collator = PackingCollator(self.data_collator)
-
-    def _padded_reason(self) -> str:
-        """Return the setting of the run that requires padded batches, or an empty string."""
-        from apo_trl.prefix_sharing import dropout_names
-
-        if self.aux_loss_enabled:
-            return "the router's auxiliary loss needs the padded batch"
-        if self.args.neftune_noise_alpha:
-            return "neftune_noise_alpha scales its noise by the padded length"
-        if names := dropout_names(self.model):
-            remedy = "Set disable_dropout=True, and attention_dropout=0 in the model's configuration"
-            return f"dropout is on ({', '.join(names)}) and its noise depends on the layout. {remedy}"
-        for kind, name in _PARALLELISM.items():
-            if getattr(self.accelerator.parallelism_config, f"{kind}_size", 1) > 1:
-                return f"{name} parallelism splits the padded batch"
-        return ""
 
     def _all_agree(self, agrees: bool) -> bool:
         return bool(self.accelerator.gather(torch.tensor([agrees], device=self.accelerator.device)).all())
@@ -177,21 +143,8 @@ class _AnchoredTrainer(DPOTrainer):
             if failure := first_failure(dataset, dataset_name, processing_class):
                 raise InputError(failure) from error
             raise
-        dataset = tokenized
-        if keeps_degenerate_pairs(args):
-            return dataset
-        reason = functools.partial(
-            degenerate_reason,
-            max_length=args.max_length,
-            keep_end=args.truncation_mode == "keep_end",
-            eos_token=self._tokenizer.eos_token or "",
-        )
-        if isinstance(dataset, IterableDataset):
-            from apo_trl.datasets.streams import StreamFilter
-
-            return dataset.filter(StreamFilter(reason, dataset_name))
-        too_long = Counter({f"the prompt alone fills max_length={args.max_length}": before - len(dataset)})
-        return filter_degenerate_pairs(dataset, reason, dataset_name, too_long, args)
+        eos_token = self._tokenizer.eos_token or ""
+        return filter_degenerate_pairs(tokenized, dataset_name, args, before=before, eos_token=eos_token)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if isinstance(dataset, IterableDataset):
@@ -206,21 +159,18 @@ class _AnchoredTrainer(DPOTrainer):
             self._signature_columns.append("chosen_wins")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset, groups = self.train_dataset if train_dataset is None else train_dataset, None
+        dataset = self.train_dataset if train_dataset is None else train_dataset
         if groups_prompts(self.args):
-            from apo_trl.datasets.grouping import PromptGroupedSampler
+            from apo_trl.datasets.grouping import group_sampler
 
-            column = "prompt_ids" if "prompt_ids" in dataset.column_names else "prompt"  # text remains beside images
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler = PromptGroupedSampler(map(repr, dataset[column]), self._train_batch_size, seed)
-            groups = sampler.group_of
+            sampler = group_sampler(dataset, self.args, self._train_batch_size)
         else:
             sampler = super()._get_train_sampler(dataset)
         if not self._packs or self.args.world_size * self.args.gradient_accumulation_steps == 1:
             return sampler
         from apo_trl.datasets.balancing import balance_sampler
 
-        return balance_sampler(sampler, dataset, self.args, self._train_batch_size, groups)
+        return balance_sampler(sampler, dataset, self.args, self._train_batch_size)
 
     def get_train_dataloader(self) -> Any:
         """Build TRL's data loader, with its epoch forwarded to our samplers if several processes resume in one."""
@@ -231,13 +181,12 @@ class _AnchoredTrainer(DPOTrainer):
 
         return forward_epochs(loader)
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Check the rows of a dataset that is passed only here, and evaluate as TRL does."""
         needs_wins = "apo_blend" in loss_names(self.args)
         eval_dataset = normalise_datasets(eval_dataset, "eval", needs_wins, self.args)
         eval_dataset = render_first_rows(eval_dataset, "eval", needs_wins, self.processing_class)
-        metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
-        return metrics
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate as TRL does, with every metric under the prefix of its dataset; TRL logs most as `eval_`."""
@@ -250,11 +199,10 @@ class _AnchoredTrainer(DPOTrainer):
 
     # Loss: TRL computes its terms, and ours follow from the log-ratios of the same forward.
 
-    def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         """Compute the reference's summed log-probs of a batch, without the column that no model takes."""
         inputs = {key: value for key, value in inputs.items() if key != "chosen_wins"}
-        logps: tuple[Tensor, Tensor] = super().compute_ref_log_probs(model, inputs)
-        return logps
+        return super().compute_ref_log_probs(model, inputs)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         inputs = dict(inputs)
@@ -277,36 +225,18 @@ class _AnchoredTrainer(DPOTrainer):
             self.precompute_ref_logps = precomputed
         loss, outputs = result if return_outputs else (result, None)
 
-        pairs = self._pairs(recorded, inputs, wins)
+        pairs = pair_columns(recorded.log_probs, inputs, self.ld_alpha)
+        if wins is not None:
+            pairs["chosen_wins"] = wins
         terms = {}
         for name, weight in self.loss_terms:
             if name in ADDED_LOSSES:
-                parameters = inspect.signature(ADDED_LOSSES[name]).parameters
-                columns = {key: value for key, value in pairs.items() if key in parameters}
-                terms[name] = ADDED_LOSSES[name](**columns, beta=self.beta).mean()
+                terms[name] = apply_loss(ADDED_LOSSES[name], pairs, beta=self.beta).mean()
                 loss = loss + weight * terms[name]
         if len(self.loss_terms) > 1:
             terms |= {name: weight.term for name, weight in zip(self.loss_types, self.loss_weights, strict=True)}
         self._log_pairs({name: value.detach() for name, value in pairs.items()}, terms)
         return (loss, outputs) if return_outputs else loss
-
-    def _pairs(self, outputs: Any, inputs: dict[str, Any], wins: Tensor | None) -> dict[str, Tensor]:
-        """Compute what losses and metrics take, each of shape (pairs,): log-ratios, lengths and `chosen_wins`."""
-        scored = inputs["completion_mask"][:, 1:]
-        # Prompt-learning PEFT prepends virtual tokens to the outputs; the real ones are the last.
-        logps = outputs.log_probs[:, -scored.size(1) :]
-        chosen_lengths, rejected_lengths = scored.sum(dim=1).chunk(2)
-        if self.ld_alpha is not None:
-            shorter = torch.minimum(chosen_lengths, rejected_lengths).repeat(2).unsqueeze(1)
-            logps = logps * torch.where(scored.cumsum(dim=1) > shorter, self.ld_alpha, 1.0)
-        chosen_logps, rejected_logps = logps.sum(dim=1).chunk(2)
-        pairs = {
-            "chosen_logratios": chosen_logps - inputs["ref_chosen_logps"],
-            "rejected_logratios": rejected_logps - inputs["ref_rejected_logps"],
-            "chosen_lengths": chosen_lengths,
-            "rejected_lengths": rejected_lengths,
-        }
-        return pairs if wins is None else {**pairs, "chosen_wins": wins}
 
     def _log_pairs(self, pairs: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
         """Log the means over the pairs of all processes, read from the device at once."""
@@ -358,20 +288,10 @@ class APOTrainer(_AnchoredTrainer):
     """
 
 
-def _load_processor(model: Any, config: Any) -> Any:
-    """Load the tokenizer or processor that TRL would load, before the model."""
-    from transformers import AutoProcessor
-
-    path, revision = model, (config.model_init_kwargs or {}).get("revision")
-    if not isinstance(model, str):
-        path, revision = get_config_model_id(model.config), None
-    return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=config.trust_remote_code)
-
-
 def _dpo_settings(args: DPOConfig) -> Any:
     """Return the settings that `DPOConfig` adds: TRL caches its filter of rows by all the settings it receives.
 
     With every setting, its result would differ for each process and each output folder.
     """
-    added = [field for field in fields(DPOConfig) if field.name not in TrainingArguments.__dataclass_fields__]
-    return SimpleNamespace(**{field.name: getattr(args, field.name) for field in added})
+    names = DPOConfig.__dataclass_fields__.keys() - TrainingArguments.__dataclass_fields__
+    return SimpleNamespace(**{name: getattr(args, name) for name in sorted(names)})

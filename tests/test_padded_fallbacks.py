@@ -15,7 +15,7 @@ from torch import nn
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from apo_trl.prefix_sharing import TESTED
+from apo_trl.prefix_sharing import TESTED, padded_reason
 
 WARNING = "padding_free has no effect: "
 
@@ -235,13 +235,13 @@ def test_parallelism_within_a_row(train, monkeypatch, size, kind):
     from accelerate import Accelerator, ParallelismConfig
 
     trainer = train(padding_free=True, run=False)
-    assert trainer._padded_reason() == ""
+    assert padded_reason(trainer) == ""
     config = ParallelismConfig()
     assert getattr(config, size) == 1
     monkeypatch.setattr(Accelerator, "parallelism_config", config)
-    assert trainer._padded_reason() == ""
+    assert padded_reason(trainer) == ""
     monkeypatch.setattr(config, size, 2)
-    assert trainer._padded_reason() == f"{kind} parallelism splits the padded batch"
+    assert padded_reason(trainer) == f"{kind} parallelism splits the padded batch"
 
 
 # Models whose attention is another one than the layout tells it.

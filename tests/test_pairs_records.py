@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from apo_trl.errors import InputError
-from apo_trl.io.messages import completion_text
+from apo_trl.io.completion import completion_text
 from apo_trl.pairs.config.settings import make_settings
 from apo_trl.pairs.prompts import Answer, PromptSource, read_records
 from apo_trl.pairs.text.templates import Template, load_template, suffix_for

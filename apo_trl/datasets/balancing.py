@@ -12,7 +12,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from numpy.typing import NDArray
 from torch.utils.data import RandomSampler, Sampler
 
-from apo_trl.config import balances_tokens
+from apo_trl.config import APOConfig, loss_names
 from apo_trl.io.rows import common_prefix_length
 
 __all__ = ["BalancedSampler", "EpochSampler", "assign_cells", "balance_sampler", "count_tokens", "forward_epochs"]
@@ -20,11 +20,15 @@ __all__ = ["BalancedSampler", "EpochSampler", "assign_cells", "balance_sampler",
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+_BATCH_LOSSES = {"aot", "aot_unpaired", "sft"}  # they sort a micro-batch, or average over its tokens
+
 
 class EpochSampler(Sampler[int]):
     """A sampler whose order depends on the epoch."""
 
     epoch = 0
+    group_of: Ints | None = None
+    """Index of each row's prompt, shape (rows,), if rows of one prompt are kept together."""
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch; called by accelerate."""
@@ -145,15 +149,16 @@ def count_tokens(row: Mapping[str, Any], *, max_length: int | None, keep_end: bo
     return {"tokens": len(chosen) + len(rejected) - shared, "prompt_tokens": min(shared, len(prompt))}
 
 
-def balance_sampler(sampler: Any, dataset: Any, args: Any, batch_size: int, groups: Ints | None = None) -> Any:
+def balance_sampler(sampler: Any, dataset: Any, args: Any, batch_size: int) -> Any:
     """Return `sampler` with each optimizer step balanced, or `sampler` itself if the settings rule that out.
 
-    `batch_size` is that of one process, and `groups` the index of each row's prompt if the sampler groups by prompt.
+    `batch_size` is that of one process.
     """
     loader = args.accelerator_config
-    if not balances_tokens(args) or args.world_size * args.gradient_accumulation_steps == 1 or loader.split_batches:
+    groups = sampler.group_of if isinstance(sampler, EpochSampler) else None
+    if not isinstance(args, APOConfig) or not args.balance_tokens or _BATCH_LOSSES.intersection(loss_names(args)):
         return sampler
-    if "prompt_ids" not in dataset.column_names:  # images: tokenized only in the collator
+    if loader.split_batches or "prompt_ids" not in dataset.column_names:  # images: tokenized only in the collator
         return sampler
     if groups is None:
         if not isinstance(sampler, RandomSampler) or not loader.use_seedable_sampler:

@@ -1,4 +1,4 @@
-"""Collators around TRL's: rows with images in their normal form, and the column `chosen_wins` in the batch."""
+"""The collator around TRL's for rows with images, which it normalises, or with `chosen_wins`, which the batch gets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,18 +10,27 @@ from apo_trl.errors import InputError
 from apo_trl.io.messages import one_line
 from apo_trl.io.rows import normalise_row
 
-__all__ = ["CollatorWithWins", "VisionCollator", "render_images"]
+__all__ = ["RowCollator", "render_images"]
 
 
 @dataclass
-class VisionCollator:
-    """A collator that normalises rows with images, which TRL reads as they stand in the dataset."""
+class RowCollator:
+    """Normalise rows with images, which TRL reads as they are in the dataset, and add `chosen_wins` to their batch."""
 
     collator: Callable[[list[dict[str, Any]]], Any]
+    vision: bool = False
+    wins: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        """Collate the rows in their normal form."""
-        return self.collator([normalise_row(example, vision=True) for example in examples])
+        """Collate, with `chosen_wins` as a float32 tensor of shape (pairs,)."""
+        columns = {}
+        if self.wins:
+            columns["chosen_wins"] = torch.tensor([row["chosen_wins"] for row in examples], dtype=torch.float32)
+        if self.vision:
+            examples = [normalise_row(row, vision=True) for row in examples]
+        batch = self.collator(examples)
+        batch.update(columns)
+        return batch
 
 
 def render_images(row: dict[str, Any], name: str, processor: Any) -> None:
@@ -29,21 +38,7 @@ def render_images(row: dict[str, Any], name: str, processor: Any) -> None:
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
     try:
-        VisionCollator(DataCollatorForVisionPreference(processor))([row])
+        RowCollator(DataCollatorForVisionPreference(processor), vision=True)([row])
     except Exception as error:  # a processor and its template may raise what they like
         fault = f"Row 0 of the {name} dataset cannot be rendered: {one_line(error)}"
         raise InputError(f"{fault}. Correct the row, or set another chat template.") from error
-
-
-@dataclass
-class CollatorWithWins:
-    """A collator that adds the column `chosen_wins` to the batch of another collator."""
-
-    collator: Callable[[list[dict[str, Any]]], Any]
-
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        """Collate, with the column as a float32 tensor of shape (pairs,)."""
-        wins = torch.tensor([example["chosen_wins"] for example in examples], dtype=torch.float32)
-        batch = self.collator(examples)
-        batch["chosen_wins"] = wins
-        return batch

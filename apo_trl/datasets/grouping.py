@@ -2,14 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from apo_trl.datasets.balancing import EpochSampler
 
-__all__ = ["PromptGroupedSampler"]
+__all__ = ["PromptGroupedSampler", "group_sampler"]
 
 
 class PromptGroupedSampler(EpochSampler):
@@ -30,17 +30,12 @@ class PromptGroupedSampler(EpochSampler):
             rows[prompt].append(row)
         self._groups = list(rows.values())
         self._batch_size, self._seed = batch_size, seed
+        self.group_of = np.empty(len(self), dtype=np.int64)
+        for number, places in enumerate(self._groups):
+            self.group_of[places] = number
 
     def __len__(self) -> int:
         return sum(map(len, self._groups))
-
-    @property
-    def group_of(self) -> NDArray[np.int64]:
-        """The number of each row's prompt, shape (rows,)."""
-        numbers = np.empty(len(self), dtype=np.int64)
-        for number, rows in enumerate(self._groups):
-            numbers[rows] = number
-        return numbers
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed + self.epoch)
@@ -64,6 +59,13 @@ class PromptGroupedSampler(EpochSampler):
             yield from batches[number]
         for batch in short:
             yield from batch
+
+
+def group_sampler(dataset: Any, args: Any, batch_size: int) -> PromptGroupedSampler:
+    """Build the sampler of a tokenized dataset, or of one with images, whose texts TRL tokenizes only in batches."""
+    column = "prompt_ids" if "prompt_ids" in dataset.column_names else "prompt"
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return PromptGroupedSampler(map(repr, dataset[column]), batch_size, seed)
 
 
 def _fill(blocks: dict[int, list[list[int]]], size: int) -> list[int]:

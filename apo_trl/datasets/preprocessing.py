@@ -23,7 +23,7 @@ logger = get_logger(__name__)
 _BATCH_SIZE = 1000  # rows; fewer are not worth a second process
 _REASON = {"reason": Value("string")}
 _IMAGES = {"image", "images"}
-_RULES = "".join(Path(io.__path__[0], f"{module}.py").read_text("utf-8") for module in ("rows", "prompt", "messages"))
+_RULES = "".join(path.read_text("utf-8") for path in sorted(Path(io.__path__[0]).glob("*.py")))
 
 
 def map_datasets(argument: Any, name: str, function: Callable[[Any, str], Any]) -> Any:
@@ -48,18 +48,10 @@ def normalise_datasets(argument: Any, name: str, needs_wins: bool = False, args:
     Raises:
         InputError: A column is missing, there are no rows, or a row is invalid, the first of a stream.
     """
-
-    def normalise(dataset: Any, name: str) -> Any:
-        dataset = _normalise(dataset, name, needs_wins, args)
-        with_images = isinstance(dataset, Dataset) and not _IMAGES.isdisjoint(dataset.column_names)
-        if not with_images or keeps_degenerate_pairs(args):
-            return dataset
-        return filter_degenerate_pairs(dataset, _vision_reason, name, Counter(), args)
-
-    return map_datasets(argument, name, normalise)
+    return map_datasets(argument, name, functools.partial(_normalise, needs_wins=needs_wins, args=args))
 
 
-def _normalise(dataset: Any, name: str, needs_wins: bool, args: Any) -> Any:
+def _normalise(dataset: Any, name: str, *, needs_wins: bool, args: Any) -> Any:
     if isinstance(dataset, IterableDataset):
         from apo_trl.datasets.streams import check_first_row
 
@@ -89,7 +81,8 @@ def _normalise(dataset: Any, name: str, needs_wins: bool, args: Any) -> Any:
     if (number := pc.index(valid, False).as_py()) >= 0:
         raise InputError(f"Row {number} of the {name} dataset {normal[number]['reason']}.")
     if vision:
-        return dataset
+        keeps = keeps_degenerate_pairs(args)
+        return dataset if keeps else _filter_pairs(dataset, {"vision": True}, name, Counter(), args)
     rest = dataset.remove_columns([column for column in kinds if column in columns])
     normal = normal.remove_columns("reason")
     return concatenate_datasets([normal, rest], axis=1) if rest.column_names else normal
@@ -131,17 +124,28 @@ def _by_row(batch: Mapping[str, Any], function: Callable[..., dict[str, Any]], r
     return {column: [result[column] for result in results] for column in results[0]}
 
 
-def filter_degenerate_pairs(
-    dataset: Dataset, reason: Callable[..., str | None], name: str, dropped: Counter[str], args: Any = None
-) -> Dataset:
-    """Drop the pairs that have a reason, and count them in one warning, with those that were `dropped` before.
+def filter_degenerate_pairs(dataset: Any, name: str, args: Any, *, before: int, eos_token: str) -> Any:
+    """Drop the degenerate pairs of a tokenized dataset, unless `args` keeps them, and warn of their number.
 
-    `name` and `args` are those of `normalise_datasets`. Raises InputError if no pair is left.
+    TRL has tokenized it from `before` rows, and dropped those whose prompt is too long. `name` and `args` are those of
+    `normalise_datasets`. Pairs of a stream are dropped as they arrive. Raises InputError if no pair is left.
     """
+    if keeps_degenerate_pairs(args):
+        return dataset
+    options = {"max_length": args.max_length, "keep_end": args.truncation_mode == "keep_end", "eos_token": eos_token}
+    if isinstance(dataset, IterableDataset):
+        from apo_trl.datasets.streams import StreamFilter
+
+        return dataset.filter(StreamFilter(options, name))
+    too_long = {f"the prompt alone fills max_length={args.max_length}": before - len(dataset)}
+    return _filter_pairs(dataset, options, name, Counter(too_long), args)
+
+
+def _filter_pairs(dataset: Dataset, options: dict[str, Any], name: str, dropped: Counter[str], args: Any) -> Dataset:
     total = len(dataset) + dropped.total()
     if len(dataset):  # `map` returns an empty dataset as it is
         read = ["prompt_ids", "chosen_ids", "rejected_ids", "prompt", "chosen", "rejected"]
-        function = functools.partial(_reason_column, reason=reason)
+        function = functools.partial(_reason_column, **options)
         desc = f"Looking for degenerate pairs in {name} dataset"
         reasons = _map(dataset, read, function, Features(_REASON), desc, args).data["reason"]
         dropped.update(reasons.drop_null().to_pylist())
@@ -159,9 +163,5 @@ def filter_degenerate_pairs(
     return dataset.select(pc.indices_nonzero(pc.is_null(reasons)).to_pylist())
 
 
-def _reason_column(row: Mapping[str, Any], reason: Callable[..., str | None]) -> dict[str, Any]:
-    return {"reason": reason(row)}
-
-
-def _vision_reason(row: Mapping[str, Any]) -> str | None:
-    return degenerate_reason(normalise_row(row, vision=True))
+def _reason_column(row: Mapping[str, Any], *, vision: bool = False, **options: Any) -> dict[str, Any]:
+    return {"reason": degenerate_reason(normalise_row(row, vision=True) if vision else row, **options)}

@@ -26,24 +26,20 @@ def render_first_rows(argument: Any, name: str, needs_wins: bool, processor: Any
             from apo_trl.datasets.streams import normalise_stream
 
             dataset = normalise_stream(dataset, name, needs_wins, processor)
-        _render_first_row(dataset, name, processor)
+        first = next(iter(dataset))
+        if "image" in first or "images" in first:
+            from apo_trl.datasets.collators import render_images
+
+            render_images(first, name, processor)
+        elif isinstance(first["prompt"], str):
+            from apo_trl.datasets.bos import warn_of_second_bos
+
+            warn_of_second_bos(dataset, name, getattr(processor, "tokenizer", processor))
+        elif failure := first_failure([first], name, processor):
+            raise InputError(failure)
         return dataset
 
     return map_datasets(argument, name, render)
-
-
-def _render_first_row(dataset: Any, name: str, processor: Any) -> None:
-    first = next(iter(dataset))
-    if "image" in first or "images" in first:
-        from apo_trl.datasets.collators import render_images
-
-        render_images(first, name, processor)
-    elif isinstance(first["prompt"], str):
-        from apo_trl.datasets.bos import warn_of_second_bos
-
-        warn_of_second_bos(dataset, name, getattr(processor, "tokenizer", processor))
-    elif failure := first_failure([first], name, processor):
-        raise InputError(failure)
 
 
 def first_failure(rows: Any, name: str, processor: Any) -> str:

@@ -1,19 +1,29 @@
 """Streamed preference datasets: rows are normalised, and degenerate pairs dropped, as they arrive."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from accelerate.logging import get_logger
 
+from apo_trl.config import groups_prompts
 from apo_trl.errors import InputError, InvalidRow
-from apo_trl.io.rows import normalise_row, row_form
+from apo_trl.io.rows import degenerate_reason, normalise_row, row_form
 from apo_trl.io.tokenization import encode_pair
 
-__all__ = ["StreamFilter", "check_first_row", "normalise_stream"]
+__all__ = ["StreamFilter", "check_first_row", "check_settings", "normalise_stream"]
 
 logger = get_logger(__name__)
+
+
+def check_settings(config: Any) -> None:
+    """Raise InputError if the settings of a run rule out that it trains on a stream."""
+    if config.max_steps <= 0:
+        raise InputError("max_steps: required for a stream, whose length is unknown. Set the number of steps.")
+    if groups_prompts(config):
+        raise InputError(
+            "group_by_prompt: not supported for a stream. Set it to False, or load the dataset without streaming."
+        )
 
 
 def check_first_row(dataset: Any, name: str, needs_wins: bool) -> dict[str, Any]:
@@ -45,15 +55,15 @@ def _normalise(row: dict[str, Any], number: int, *, name: str, processor: Any = 
 
 @dataclass
 class StreamFilter:
-    """Keep the pairs of a stream that are not degenerate, and warn at the first that is."""
+    """Keep the pairs of a stream that are not degenerate by `degenerate_reason`, and warn at the first that is."""
 
-    reason: Callable[[dict[str, Any]], str | None]
+    options: dict[str, Any]
     name: str
     warned: bool = False
 
     def __call__(self, row: dict[str, Any]) -> bool:
         """Return whether the row stays."""
-        reason = self.reason(row)
+        reason = degenerate_reason(row, **self.options)
         if reason and not self.warned:
             self.warned = True
             logger.warning(

@@ -13,8 +13,9 @@ from typing import Any
 from apo_trl.errors import InputError
 from apo_trl.evaluation.intervals import mean_interval, probability_between, wilson
 from apo_trl.evaluation.judged import POINTS, count_outcomes, judge_records, no_verdict_lines
+from apo_trl.io.completion import completion_text
 from apo_trl.io.files import atomic_write
-from apo_trl.io.messages import completion_text, content_text
+from apo_trl.io.messages import content_text
 from apo_trl.io.readers import valid_rows
 from apo_trl.io.rows import normalise_row
 from apo_trl.pairs.config.settings import Settings

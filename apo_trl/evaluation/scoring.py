@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import tqdm
 
 from apo_trl.errors import InputError
-from apo_trl.io.messages import completion_text
+from apo_trl.io.completion import completion_text
 from apo_trl.io.tokenization import encode_pair
 
 __all__ = ["pair_logps", "tokenize_pairs"]

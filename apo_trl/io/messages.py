@@ -1,11 +1,9 @@
 """Text of chat messages and of errors."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["BEFORE_AN_ANSWER", "common_prefix_length", "completion_text", "content_text", "one_line"]
-__all__ += ["replace_surrogates"]
+__all__ = ["BEFORE_AN_ANSWER", "common_prefix_length", "content_text", "one_line", "replace_surrogates"]
 
 BEFORE_AN_ANSWER = ("system", "developer", "user")
 """Roles of messages that no answer begins with."""
@@ -19,22 +17,6 @@ def content_text(content: Any) -> str | None:
     ):
         return replace_surrogates("".join(part["text"] for part in content))
     return replace_surrogates(content) if isinstance(content, str) else None
-
-
-def completion_text(side: Any) -> str:
-    """Return a side of a pair as text: several messages each after its role, tool calls as JSON."""
-    if isinstance(side, str):
-        return side
-    texts = []
-    for message in side:
-        content, calls = message.get("content") or "", message.get("tool_calls")
-        if not isinstance(content, str):  # parts, of which some may be no text
-            content = "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
-        parts = [replace_surrogates(content), json.dumps(calls, ensure_ascii=False, default=str) if calls else ""]
-        texts.append("\n".join(filter(None, parts)))
-    if len(texts) == 1:
-        return texts[0]
-    return "\n\n".join(f"{message.get('role')}: {text}" for message, text in zip(side, texts, strict=True))
 
 
 def replace_surrogates(text: str) -> str:

@@ -5,7 +5,6 @@ tokens. A degenerate pair is valid, teaches nothing, and is dropped and counted.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,16 +58,11 @@ def normalise_row(
         from apo_trl.io.prompt import split_prompt
 
         prompt, chosen, rejected = split_prompt(row, prompt, chosen, rejected, vision)
-    if needs_wins:
-        _check_wins(row.get("chosen_wins"))
     normal = {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
-    for column, kind, empty in (("tools", list, None), ("chat_template_kwargs", dict, {})):
-        if column in row:
-            normal[column] = empty if row[column] is None else _parse(row[column], column, kind)
-    if vision:
-        images = normal.pop("image", row.get("images"))
-        listed = images if isinstance(images, (list, tuple)) else [images]
-        normal["images"] = [image for image in listed if image is not None]
+    if needs_wins or vision or "tools" in row or "chat_template_kwargs" in row:
+        from apo_trl.io.columns import normalise_columns
+
+        normal = normalise_columns(normal, needs_wins, vision)
     return normal
 
 
@@ -109,7 +103,7 @@ def normalise_messages(value: Any, field: str, vision: bool = False) -> list[dic
             raise InvalidRow(f"has a message without 'role' in '{field}'. Every message needs 'role' and 'content'")
         parts = content if isinstance(content, list) and all(isinstance(part, Mapping) for part in content) else []
         if vision and parts:
-            content = [_without_nulls(part) for part in parts]
+            content = [{key: value for key, value in part.items() if value is not None} for part in parts]
         elif content is not None:
             content = content_text(given := content)
             if content is None:
@@ -118,47 +112,13 @@ def normalise_messages(value: Any, field: str, vision: bool = False) -> list[dic
                 raise InvalidRow(
                     f"has {kind} as 'content' in '{field}'. Use text; without the column `images` only text is read"
                 )
-        rest = {key: part for key, part in message.items() if key not in ("role", "content")}
-        messages.append({"role": replace_surrogates(role), "content": content, **_json(rest)})
+        normal = {"role": replace_surrogates(role), "content": content}
+        if rest := {key: part for key, part in message.items() if key not in normal}:
+            from apo_trl.io.columns import as_json
+
+            normal |= as_json(rest)
+        messages.append(normal)
     return messages
-
-
-def _json(value: Any) -> Any:
-    """Return a value as JSON can hold it, its objects without nulls."""
-    if isinstance(value, Mapping):
-        return _without_nulls({replace_surrogates(str(key)): _json(part) for key, part in value.items()})
-    if isinstance(value, (list, tuple)):
-        return [_json(part) for part in value]
-    if isinstance(value, str):
-        return replace_surrogates(value)
-    if value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 2**63):
-        return value if not isinstance(value, float) or math.isfinite(value) else None
-    return str(value)  # a date of Parquet, for example
-
-
-def _without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: part for key, part in value.items() if part is not None}
-
-
-def _parse(value: Any, column: str, kind: type) -> Any:
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, kind):
-        name = "a list" if kind is list else "an object"
-        raise InvalidRow(f"has no valid '{column}'. It must be {name}, or {name} as JSON")
-    return _json(value)
-
-
-def _check_wins(wins: Any) -> None:
-    rule = "'apo_blend' needs the probability, from 0 to 1, that chosen beats the policy's own answer"
-    if wins is None:
-        raise InvalidRow(f"has no 'chosen_wins'. {rule}")
-    if isinstance(wins, bool) or not isinstance(wins, (int, float)):
-        raise InvalidRow(f"has {wins!r} as 'chosen_wins'. {rule}")
-    if math.isnan(wins) or not 0 <= wins <= 1:
-        raise InvalidRow(f"has chosen_wins={wins}. {rule}")
 
 
 def degenerate_reason(

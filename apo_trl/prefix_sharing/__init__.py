@@ -2,9 +2,9 @@
 
 from apo_trl.prefix_sharing.layout import PackedBatch, PackingCollator, pack
 from apo_trl.prefix_sharing.model import PrefixSharing, enable_prefix_sharing
-from apo_trl.prefix_sharing.support import TESTED, dropout_names, unsupported_reason
+from apo_trl.prefix_sharing.support import TESTED, dropout_names, padded_reason, unsupported_reason
 
 __all__ = [
     "TESTED", "PackedBatch", "PackingCollator", "PrefixSharing", "dropout_names", "enable_prefix_sharing", "pack",
-    "unsupported_reason",
+    "padded_reason", "unsupported_reason",
 ]  # fmt: skip

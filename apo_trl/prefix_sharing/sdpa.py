@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from apo_trl.prefix_sharing.layout import PackedBatch
 
-__all__ = ["split_attention", "without_cudnn"]
+__all__ = ["split_attention"]
 
 _MASK_ELEMENTS = 1 << 22
+# Without cuDNN, which plans every new shape, and whose masked backward can be NaN (pytorch issue 196678).
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def split_attention(
@@ -30,15 +33,15 @@ def split_attention(
         groups = query.size(1) // keys.size(1)
         keys, values = repeat_kv(keys, groups), repeat_kv(values, groups)
     key = (window, query.dtype, query.device)
-    plan = packed.plans.get(key) or packed.plans.setdefault(
-        key, Plan(packed, window, query)
-    )  # built once for all layers
+    if key not in packed.plans:
+        packed.plans[key] = Plan(packed, window, query)  # built once for all layers
+    plan = packed.plans[key]
     rows = zip(
         plan.rows, torch.split(query, packed.query_lengths, 2), torch.split(keys, packed.key_lengths, 2),
         torch.split(values, packed.key_lengths, 2), strict=True,
     )  # fmt: skip
     outputs = []
-    with without_cudnn() if query.is_cuda else contextlib.nullcontext():
+    with sdpa_kernel(_BACKENDS) if query.is_cuda else contextlib.nullcontext():
         for blocks, added, path, contents in rows:
             for block in blocks:
                 mask = plan.mask(block)
@@ -122,10 +125,3 @@ def _largest_block(keys: int, window: int | None) -> int:
     if window is not None:  # a block of more queries than the window has less than twice as many keys
         size = max(size, min(_MASK_ELEMENTS // (2 * window), math.isqrt(_MASK_ELEMENTS // 2)))
     return max(1, size)
-
-
-def without_cudnn() -> contextlib.AbstractContextManager[None]:
-    """Disable cuDNN in SDPA: it plans every new shape, and its masked backward can be NaN (pytorch issue 196678)."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

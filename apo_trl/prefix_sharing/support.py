@@ -1,4 +1,4 @@
-"""Which models can train on packed batches, decided before the first batch."""
+"""Which models and runs can train on packed batches, decided before the first batch."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from accelerate.utils import is_peft_model
 
 from apo_trl.prefix_sharing.attention import supports_packing
 
-__all__ = ["TESTED", "dropout_names", "unsupported_reason"]
+__all__ = ["TESTED", "dropout_names", "padded_reason", "unsupported_reason"]
 
 # Architectures that the tests compare with the padded batch; any other is compared on its first batch.
 TESTED = {
@@ -37,6 +37,21 @@ def unsupported_reason(model: Any) -> str:
         return "the model is recurrent"
     if any(getattr(module, "is_causal", True) is False for module in base.modules()):
         return "the model's attention is not causal"
+    return ""
+
+
+def padded_reason(trainer: Any) -> str:
+    """Return the setting of a run of TRL that requires padded batches, or an empty string."""
+    if trainer.aux_loss_enabled:
+        return "the router's auxiliary loss needs the padded batch"
+    if trainer.args.neftune_noise_alpha:
+        return "neftune_noise_alpha scales its noise by the padded length"
+    if names := dropout_names(trainer.model):
+        remedy = "Set disable_dropout=True, and attention_dropout=0 in the model's configuration"
+        return f"dropout is on ({', '.join(names)}) and its noise depends on the layout. {remedy}"
+    for kind, name in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
+        if getattr(trainer.accelerator.parallelism_config, f"{kind}_size", 1) > 1:
+            return f"{name} parallelism splits the padded batch"
     return ""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from apo_trl.errors import InputError
-from apo_trl.io.messages import completion_text
+from apo_trl.io.completion import completion_text
 from apo_trl.io.readers import read_rows
 from apo_trl.pairs.statistics.statistics import words
 

@@ -10,7 +10,7 @@ import regex
 from rapidfuzz.distance import Levenshtein
 
 from apo_trl.errors import InputError
-from apo_trl.io.messages import completion_text
+from apo_trl.io.completion import completion_text
 from apo_trl.io.rows import common_prefix_length, degenerate_reason, normalise_row
 from apo_trl.io.tokenization import encode_pair
 
