@@ -12,7 +12,7 @@ from accelerate.logging import get_logger
 from apo_trl.errors import InputError
 from apo_trl.prefix_sharing import dropout_names
 
-__all__ = ["adapter_as_model", "base_change", "check_models", "check_start"]
+__all__ = ["adapter_as_model", "base_change", "check_models", "check_start", "complete_reference"]
 
 logger = get_logger(__name__)
 
@@ -52,6 +52,16 @@ def check_models(model: Any, peft_config: Any, ref_model: Any, precomputed: bool
         )
 
 
+def complete_reference(model: Any) -> None:
+    """Copy into the adapter `ref` what TRL 1.16 leaves out: parameters whose names end in that of the adapter.
+
+    They are those of IA3 and VeRA, and of LoRA on embeddings.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(".default"):
+            model.get_parameter(f"{name.removesuffix('default')}ref").data.copy_(parameter.data)
+
+
 def check_start(trainer: Any, distance: float, own_start: bool) -> None:
     """Check how far the policy starts from its reference, in nats per token.
 
@@ -60,7 +70,7 @@ def check_start(trainer: Any, distance: float, own_start: bool) -> None:
     """
     model, args, precision = trainer.accelerator.unwrap_model(trainer.model), trainer.args, trainer.accelerator
     adapter = next(iter(getattr(model, "peft_config", {}).values()), None)
-    exact = precision.mixed_precision == "no" and torch.get_float32_matmul_precision() == "highest"
+    exact = precision.mixed_precision == "no" and not _rounds_float32()
     exact &= all(parameter.dtype == torch.float32 for parameter in model.parameters())
     jitter = getattr(model.config.get_text_config(), "router_jitter_noise", 0)
     start = f"The policy starts {distance:.2g} nats per token away from its reference"
@@ -75,6 +85,12 @@ def check_start(trainer: Any, distance: float, own_start: bool) -> None:
         raise InputError(f"ref_model: {fault}. {_remedy(args, model, adapter)}")
     elif distance > _DOUBTFUL:
         logger.warning(f"{start}, more than rounding usually explains.")
+
+
+def _rounds_float32() -> bool:
+    """Return whether matrix products of float32 use TF32, set by the interface of torch 2.9 or by the older one."""
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", "")
+    return precision == "tf32" if precision else torch.get_float32_matmul_precision() != "highest"
 
 
 def _remedy(args: Any, model: Any, adapter: Any) -> str:

@@ -78,6 +78,7 @@ class _AnchoredTrainer(DPOTrainer):
             super().__init__(*bound.args[1:], **bound.kwargs)
         finally:
             config.padding_free = padding_free
+        self._complete_reference()
         self._sharing: Any = None
         if self.args.padding_free:
             self._share_prefixes()
@@ -115,6 +116,12 @@ class _AnchoredTrainer(DPOTrainer):
 
             check_settings(config)
 
+    def _complete_reference(self) -> None:
+        if "ref" in getattr(self.model, "peft_config", {}):
+            from apo_trl.reference import complete_reference
+
+            complete_reference(self.model)
+
     def _share_prefixes(self) -> None:
         from apo_trl.prefix_sharing import PackingCollator, PrefixSharing, enable_prefix_sharing, padded_reason
 
@@ -151,6 +158,7 @@ class _AnchoredTrainer(DPOTrainer):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # raises TRL's error
         from apo_trl.reference_cache.cache import add_reference_logps
 
+        self._complete_reference()
         return add_reference_logps(self, dataset, name, batch_size)
 
     def _set_signature_columns_if_needed(self) -> None:

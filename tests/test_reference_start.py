@@ -219,3 +219,32 @@ def test_all_processes_stop(launch):  # noqa: F811
     first, second = launch("ddp", ONE_OF_TWO)
     assert first["stopped"] == second["stopped"]
     assert first["stopped"].startswith("ref_model: not set, so the policy should start")
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("kind", ["ia3", "embeddings"])
+def test_an_adapter_trained_further_is_held_to_all_of_its_start(kind, precompute, train, model_dir, tmp_path):
+    """TRL copies only part of these adapters into `ref`: no parameter whose name ends in that of the adapter."""
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj"], feedforward_modules=[])
+    if kind == "embeddings":
+        config = LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])
+    first = train(peft_config=config, learning_rate=1e-1, steps=3)
+    first.save_model(tmp_path / "first")
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    model = PeftModel.from_pretrained(base, tmp_path / "first", is_trainable=True)
+    again = train(model=model, processing_class=first.processing_class, precompute_ref_log_probs=precompute)
+    assert curve(again)[0] == pytest.approx(1.0, abs=1e-5)
+    parameters = dict(again.model.named_parameters())
+    started = dict(first.model.named_parameters())
+    for name in filter(lambda name: name.endswith(".default"), started):
+        assert torch.equal(parameters[name.removesuffix("default") + "ref"], started[name])
+
+
+def test_tf32_is_known_through_both_interfaces(train):
+    precision = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert curve(train(peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), steps=1))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = precision

@@ -96,7 +96,20 @@ CONVERSATION = [user("Hi"), says("Yes?"), user("2 + 2?")]
         ({"prompt": [user("Hi") | {"name": None}], "chosen": [calls(city="Rome", n=None)], "rejected": [says("B")]},
          ("<|user|>Hi<|end|><|assistant|>", '{"type": "function", "function": {"name": "f", "arguments": '
           '{"city": "Rome"}}}<|end|>', "B<|end|>")),
+        # Messages that differ in an id, and a prompt with a system message that the answers do not repeat.
+        ({"prompt": "Hi", "chosen": [user("Hi") | {"n": 1}, says("A")], "rejected": [user("Hi") | {"n": 2}, says("B")]},
+         ("<|user|>Hi<|end|><|assistant|>", "A<|end|>", "B<|end|>")),
+        ({"prompt": [{"role": "system", "content": "S"}, user("Hi")],
+          "chosen": [user("Hi"), says("A")], "rejected": [user("Hi"), says("B")]},
+         ("<|system|>S<|end|><|user|>Hi<|end|><|assistant|>", "A<|end|>", "B<|end|>")),
+        # A null is no prompt; tuples are lists; nothing is an empty answer.
+        ({"prompt": None, "chosen": (user("Hi"), says("A")), "rejected": (user("Hi"), says("B"))},
+         ("<|user|>Hi<|end|><|assistant|>", "A<|end|>", "B<|end|>")),
+        ({"prompt": [user("Hi")], "chosen": [], "rejected": [says("B")], "tools": "", "chat_template_kwargs": ""},
+         ("<|user|>Hi<|end|><|assistant|>", "<|end|>", "B<|end|>")),
         # Texts.
+        ({"prompt": "JSON:", "chosen": '[{"role": "admin"}]', "rejected": "no"},
+         ("JSON:", '[{"role": "admin"}]<|end|>', "no<|end|>")),
         ({"chosen": "It is blue", "rejected": "It is green"}, ("It is", " blue<|end|>", " green<|end|>")),
         ({"prompt": "", "chosen": "a", "rejected": "b", "question": "?"}, ("", "a<|end|>", "b<|end|>")),
     ],
@@ -127,6 +140,8 @@ PAIR = {"prompt": [user("Hi")], **ANSWERS}
         (PAIR | {"chosen": [says(["a"])]}, "list as 'content' in 'chosen'"),
         (PAIR | {"chosen": [says(3)]}, "int as 'content' in 'chosen'"),
         (PAIR | {"chosen": [{"role": 3, "content": "a"}]}, "without 'role' in 'chosen'"),
+        (PAIR | {"chosen": [{"role": "gpt", "content": "a"}]}, "role 'gpt' in 'chosen'. Rename it to 'assistant'"),
+        (PAIR | {"prompt": [{"role": "User", "content": "a"}]}, "role 'User' in 'prompt'. Rename it to 'user'"),
         (PAIR | {"tools": "[{"}, "no valid 'tools'"),
         (PAIR | {"tools": "f"}, "no valid 'tools'"),
         (PAIR | {"tools": "{}"}, "no valid 'tools'"),
@@ -160,7 +175,7 @@ def test_messages_as_json_are_parsed_only_if_all_rows_are(tmp_path):
 
 
 TOOL_ROWS = [
-    {"prompt": [user("Hi")], "chosen": [calls(city="Rome")], "rejected": [says("No.")], "tools": [TOOL],
+    {"prompt": [user("Hi")], "chosen": [calls(city="Rome", on="2024-01-05")], "rejected": [says("No.")], "tools": [TOOL],
      "chat_template_kwargs": {"quiet": True}, "id": "a"},
     {"prompt": [user("Ho")], "chosen": [calls(n=3, deep={"x": [1]})], "rejected": [calls(city="Oslo")],
      "tools": None, "chat_template_kwargs": None, "id": "b"},
@@ -192,6 +207,49 @@ def test_every_source_and_every_reader_sees_the_same_tokens(data, tokenizer, tra
     for name, source in sources.items():
         trainer = train(data=source, processing_class=tokenizer, steps=1, run=False, keep_degenerate_pairs=True)
         assert [[row[column] for column in columns] for row in trainer.train_dataset] == expected, name
+
+
+def test_jsonl_keeps_the_order_and_the_numbers_of_tool_calls(tokenizer, tmp_path):
+    data = [PAIR | {"chosen": [calls(a=1, b=1)]}, PAIR | {"chosen": [calls(b=1.5, a="2024-01-05T10:00:00Z")]}]
+    path = write(tmp_path / "rows.jsonl", data)
+    expected = [list(encode_pair(tokenizer, row)) for row in data]
+    assert [list(encode_pair(tokenizer, row)) for row in load_dataset_splits(path)["train"]] == expected
+    assert [list(encode_pair(tokenizer, row)) for row in read_pairs(path)] == expected
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+@pytest.mark.parametrize(
+    "data", [[{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4, [PAIR] * 4], ids=["text", "messages"]
+)
+def test_a_format_of_the_dataset_changes_nothing(kind, data, train):
+    formatted = Dataset.from_list(data).with_format(kind)
+    assert curve(train(data=formatted, steps=1)) == curve(train(data=Dataset.from_list(data), steps=1))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_other_kinds_of_data_decide_nothing(streaming, train):
+    """TRL takes one of them to tell whether rows are conversations: which one depends on the seed of hashes."""
+    for row in ({"prompt": "a", "chosen": "b", "rejected": "c"}, PAIR):
+        for other in ([user("Q")], "text", None):
+            data = Dataset.from_list([row | {"messages": other, "completion": other}] * 2)
+            trainer = train(data=data.to_iterable_dataset() if streaming else data, run=False, steps=1)
+            first = next(iter(trainer.train_dataset))
+            assert not {"messages", "completion"} & set(first)
+            assert first["chosen_ids"][-1] == 0  # the end token
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "words"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"eos_token": None}, "eos_token: required"),
+        (PAIR | {"images": None}, {}, "train dataset has images, and the model reads text only"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit(row, change, words, model_dir, tmp_path, no_model):
+    tokenizer = strict(TEMPLATE)
+    for name, value in change.items():
+        setattr(tokenizer, name, value)
+    assert words in refused(model_dir, Dataset.from_list([row] * 2), tmp_path, processing_class=tokenizer)
 
 
 def test_a_folder_of_save_to_disk_is_read(train, tmp_path):

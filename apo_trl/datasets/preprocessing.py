@@ -23,12 +23,14 @@ logger = get_logger(__name__)
 _BATCH_SIZE = 1000  # rows; fewer are not worth a second process
 _REASON = {"reason": Value("string")}
 _IMAGES = {"image", "images"}
+OTHER_FORMATS = ("messages", "completion")
+"""Columns of other kinds of data, by which TRL may decide, at random, whether rows are conversations."""
 _RULES = "".join(path.read_text("utf-8") for path in sorted(Path(io.__path__[0]).glob("*.py")))
 
 
 def map_datasets(argument: Any, name: str, function: Callable[[Any, str], Any]) -> Any:
     """Apply a function to every dataset of one argument of the trainer, with its name in messages."""
-    if isinstance(argument, dict):
+    if isinstance(argument, dict) and name != "train":  # TRL refuses several to train on
         return {key: map_datasets(dataset, f"{name} '{key}'", function) for key, dataset in argument.items()}
     return function(argument, name) if isinstance(argument, (Dataset, IterableDataset)) else argument
 
@@ -52,6 +54,7 @@ def normalise_datasets(argument: Any, name: str, needs_wins: bool = False, args:
 
 
 def _normalise(dataset: Any, name: str, *, needs_wins: bool, args: Any) -> Any:
+    dataset = dataset.with_format(None)
     if isinstance(dataset, IterableDataset):
         from apo_trl.datasets.streams import check_first_row
 
@@ -69,9 +72,8 @@ def _normalise(dataset: Any, name: str, *, needs_wins: bool, args: Any) -> Any:
         raise InputError(f"The {name} dataset has no rows. Use one with at least one pair.")
     form, vision = row_form(dataset.select_columns("chosen")[0]), not _IMAGES.isdisjoint(columns)
     options: dict[str, Any] = {"form": form, "needs_wins": needs_wins, "vision": vision}
-    kinds: dict[str, Any] = dict.fromkeys(
-        ("prompt", "chosen", "rejected"), Value("string") if form == "text" else Json()
-    )
+    kind = Value("string") if form == "text" else Json()
+    kinds: dict[str, Any] = dict.fromkeys(("prompt", "chosen", "rejected"), kind)
     kinds |= {column: Json() for column in ("tools", "chat_template_kwargs") if column in columns}
     read = [*kinds, "chosen_wins"] if "prompt" in columns else [name for name in columns if name not in _IMAGES]
     function = functools.partial(_normal_columns, columns=[] if vision else list(kinds), **options)
@@ -83,7 +85,7 @@ def _normalise(dataset: Any, name: str, *, needs_wins: bool, args: Any) -> Any:
     if vision:
         keeps = keeps_degenerate_pairs(args)
         return dataset if keeps else _filter_pairs(dataset, {"vision": True}, name, Counter(), args)
-    rest = dataset.remove_columns([column for column in kinds if column in columns])
+    rest = dataset.remove_columns([column for column in columns if column in kinds or column in OTHER_FORMATS])
     normal = normal.remove_columns("reason")
     return concatenate_datasets([normal, rest], axis=1) if rest.column_names else normal
 

@@ -32,9 +32,9 @@ def render_first_rows(argument: Any, name: str, needs_wins: bool, processor: Any
 
             render_images(first, name, processor)
         elif isinstance(first["prompt"], str):
-            from apo_trl.datasets.bos import warn_of_second_bos
+            from apo_trl.datasets.texts import check_special_tokens
 
-            warn_of_second_bos(dataset, name, getattr(processor, "tokenizer", processor))
+            check_special_tokens(dataset, name, getattr(processor, "tokenizer", processor))
         elif failure := first_failure([first], name, processor):
             raise InputError(failure)
         return dataset

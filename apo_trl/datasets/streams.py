@@ -7,6 +7,7 @@ from typing import Any
 from accelerate.logging import get_logger
 
 from apo_trl.config import groups_prompts
+from apo_trl.datasets.preprocessing import OTHER_FORMATS
 from apo_trl.errors import InputError, InvalidRow
 from apo_trl.io.rows import degenerate_reason, normalise_row, row_form
 from apo_trl.io.tokenization import encode_pair
@@ -36,9 +37,10 @@ def check_first_row(dataset: Any, name: str, needs_wins: bool) -> dict[str, Any]
 
 def normalise_stream(dataset: Any, name: str, needs_wins: bool, processor: Any) -> Any:
     """Return a stream whose rows are normalised as they arrive, and rendered, so that an error names the row."""
-    form = row_form(next(iter(dataset)))
+    first = next(iter(dataset))
+    form, others = row_form(first), [column for column in OTHER_FORMATS if column in first]
     function = functools.partial(_normalise, name=name, form=form, needs_wins=needs_wins, processor=processor)
-    return dataset.map(function, with_indices=True)
+    return dataset.map(function, with_indices=True).remove_columns(others)
 
 
 def _normalise(row: dict[str, Any], number: int, *, name: str, processor: Any = None, **options: Any) -> dict[str, Any]:

@@ -1,14 +1,57 @@
-"""What only some rows have: tools, settings of the template, images, `chosen_wins`, and more fields in messages."""
+"""What only some rows have: messages as JSON, other roles, tools, images, `chosen_wins`, and more in messages."""
 
 import json
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
 from apo_trl.errors import InvalidRow
 from apo_trl.io.messages import replace_surrogates
 
-__all__ = ["as_json", "normalise_columns"]
+__all__ = ["as_json", "check_role", "content_error", "message_list", "normalise_columns", "parse_messages"]
+
+_ROLES_ELSEWHERE = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {
+    "human": "user", "gpt": "assistant", "bot": "assistant", "ai": "assistant",
+}  # fmt: skip
+
+
+def parse_messages(text: str) -> Any:
+    """Return the messages that a text holds as JSON, or the text. Other lists of objects with a `role` are text."""
+    if text[:1] != "[" or '"role"' not in text:
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    is_message = [
+        isinstance(each, dict) and "role" in each and ("content" in each or "tool_calls" in each) for each in value
+    ]
+    return value if is_message and all(is_message) else text
+
+
+def message_list(value: Any, field: str) -> list[Any]:
+    """Return a tuple of messages, or NumPy's array of them, as a list; raise InvalidRow for anything else."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, (list, tuple)) and all(isinstance(message, Mapping) for message in value):
+        return list(value)
+    kind = f"a list of {type(value[0]).__name__}" if isinstance(value, list) else type(value).__name__
+    raise InvalidRow(f"has {kind} as '{field}'. It must be a string or a list of messages")
+
+
+def check_role(role: Any, field: str) -> None:
+    """Raise InvalidRow if a message has no role, or one that chat templates call by another name."""
+    if not role or not isinstance(role, str):
+        raise InvalidRow(f"has a message without 'role' in '{field}'. Every message needs 'role' and 'content'")
+    if name := _ROLES_ELSEWHERE.get(role.casefold()):
+        raise InvalidRow(f"has the role '{role}' in '{field}'. Rename it to '{name}'")
+
+
+def content_error(content: Any, parts: list[Any], field: str) -> InvalidRow:
+    """Return the error for a content that is neither text nor parts of text."""
+    other = next((str(part.get("type")) for part in parts if part.get("type") != "text"), None)
+    kind = type(content).__name__ if other is None else f"a part of type '{other}'"
+    return InvalidRow(f"has {kind} as 'content' in '{field}'. Use text; without the column `images` only text is read")
 
 
 def normalise_columns(row: dict[str, Any], needs_wins: bool, vision: bool) -> dict[str, Any]:
@@ -18,7 +61,7 @@ def normalise_columns(row: dict[str, Any], needs_wins: bool, vision: bool) -> di
     row = dict(row)
     for column, kind, empty in (("tools", list, None), ("chat_template_kwargs", dict, {})):
         if column in row:
-            row[column] = empty if row[column] is None else _parse(row[column], column, kind)
+            row[column] = empty if row[column] in (None, "") else _parse(row[column], column, kind)
     if vision:
         images = row.pop("image", row.get("images"))
         listed = images if isinstance(images, (list, tuple)) else [images]
@@ -48,6 +91,8 @@ def _parse(value: Any, column: str, kind: type) -> Any:
     if not isinstance(value, kind):
         name = "a list" if kind is list else "an object"
         raise InvalidRow(f"has no valid '{column}'. It must be {name}, or {name} as JSON")
+    if kind is list:  # of tools, each an object or its JSON
+        return [_parse(tool, column, dict) for tool in value]
     return as_json(value)
 
 
@@ -55,7 +100,7 @@ def _check_wins(wins: Any) -> None:
     rule = "'apo_blend' needs the probability, from 0 to 1, that chosen beats the policy's own answer"
     if wins is None:
         raise InvalidRow(f"has no 'chosen_wins'. {rule}")
-    if isinstance(wins, bool) or not isinstance(wins, (int, float)):
+    if isinstance(wins, bool) or not isinstance(wins, numbers.Real):
         raise InvalidRow(f"has {wins!r} as 'chosen_wins'. {rule}")
-    if math.isnan(wins) or not 0 <= wins <= 1:
+    if not 0 <= wins <= 1:  # also NaN
         raise InvalidRow(f"has chosen_wins={wins}. {rule}")

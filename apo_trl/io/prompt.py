@@ -68,13 +68,21 @@ def _cut_prompt(prompt: Any, chosen: list[Any], rejected: list[Any]) -> tuple[li
     UltraFeedback and the CLAIR set of the APO paper have a string as prompt beside such conversations.
     """
     start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    own, *keys = ([_key(message) for message in messages] for messages in (start, chosen, rejected))
     longest = max(0, min(len(chosen), len(rejected)) - 1)  # each side keeps an answer
-    length = common_prefix_length(chosen[:longest], rejected[:longest])
-    shared = chosen[:length]
-    if shared and shared[0]["role"] in BEFORE_AN_ANSWER:
-        if isinstance(prompt, str) or start in (shared[: len(start)], shared[-len(start) :]):
-            return shared, chosen[length:], rejected[length:]
+    length = common_prefix_length(keys[0][:longest], keys[1][:longest])
+    shared = keys[0][:length]
+    if shared and shared[0][0] in BEFORE_AN_ANSWER:
+        if isinstance(prompt, str) or own in (shared[: len(own)], shared[-len(own) :]):
+            return chosen[:length], chosen[length:], rejected[length:]
+        if shared == own[-length:]:  # the prompt without its first messages
+            return start, chosen[length:], rejected[length:]
         if start[-1]["role"] != "user":
-            return start + shared, chosen[length:], rejected[length:]
-    chosen, rejected = (side[len(start) :] if side[: len(start)] == start else side for side in (chosen, rejected))
-    return start, chosen, rejected
+            return start + chosen[:length], chosen[length:], rejected[length:]
+    cut = [len(own) if key[: len(own)] == own else 0 for key in keys]
+    return start, chosen[cut[0] :], rejected[cut[1] :]
+
+
+def _key(message: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what makes two messages the same: not an id, or a score."""
+    return message["role"], message["content"], message.get("tool_calls")

@@ -12,7 +12,7 @@ from typing import Any
 from apo_trl.errors import InputError, InvalidRow
 from apo_trl.io.messages import one_line
 from apo_trl.io.resources import packaged
-from apo_trl.io.rows import normalise_row, row_form
+from apo_trl.io.rows import ROW_COLUMNS, normalise_row, row_form
 
 __all__ = ["file_builder", "is_local", "load_dataset", "load_dataset_splits", "loading_errors", "open_text"]
 __all__ += ["read_pairs", "read_rows", "valid_rows"]
@@ -150,13 +150,30 @@ def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
         return _load_from_disk(path, kwargs.get("split"), bool(kwargs.get("streaming")))
     if (builder := file_builder(path)) and Path(path).is_file():
         kwargs.pop("name", None)
-        return load_dataset(builder, data_files=path, **kwargs)
+        return _load_files(builder, path, kwargs)
     if Path(path).is_dir() and not kwargs.get("data_files") and len(args) < 2:
         folder, files = _folder_files(path, args[0] if args else kwargs.get("name"))
         if files:
             kwargs.pop("name", None)
-            return load_dataset(folder, data_files=files, **kwargs)
+            return _load_files(folder, files, kwargs)
     return load_dataset(path, *args, **kwargs)
+
+
+def _load_files(builder: str, files: Any, kwargs: dict[str, Any]) -> Any:
+    """Load files; what JSON has in the columns of a row stays as it is, and is not typed by what pyarrow makes of it.
+
+    It would read dates as timestamps, and give all objects the keys, the order and the numbers of the first.
+    """
+    from datasets import Features, Json, List, Value
+    from datasets.load import load_dataset
+
+    loaded = load_dataset(builder, data_files=files, **kwargs)
+    if builder != "json" or kwargs.get("streaming") or "features" in kwargs:
+        return loaded
+    features = (next(iter(loaded.values())) if isinstance(loaded, dict) else loaded).features
+    simple = (Value("string"), List({"role": Value("string"), "content": Value("string")}))
+    kept = {name: Json() for name, kind in features.items() if name in ROW_COLUMNS and kind not in simple}
+    return load_dataset(builder, data_files=files, features=Features(features | kept), **kwargs) if kept else loaded
 
 
 def _load_from_disk(path: str, split: Any, streaming: bool) -> Any:

@@ -4,7 +4,6 @@ Training, statistics, evaluation and the data side all read a row as `normalise_
 tokens. A degenerate pair is valid, teaches nothing, and is dropped and counted. No torch here.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,14 +11,19 @@ from apo_trl.errors import InvalidRow
 from apo_trl.io.messages import BEFORE_AN_ANSWER, common_prefix_length, content_text, replace_surrogates
 
 __all__ = ["common_prefix_length", "degenerate_reason", "normalise_messages", "normalise_row"]
-__all__ += ["parse_messages", "row_form"]
+__all__ += ["ROW_COLUMNS", "row_form"]
+
+ROW_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+"""The columns that become tokens."""
+
+_ROLES = (*BEFORE_AN_ANSWER, "assistant", "tool")
 
 
 def row_form(row: Mapping[str, Any]) -> str:
     """Return the form of a row's answers, which all rows of a dataset share: text, messages, or messages as JSON."""
     chosen = row.get("chosen")
     if isinstance(chosen, str):
-        return "text" if parse_messages(chosen) is chosen else "messages as JSON"
+        return "text" if isinstance(_parse(chosen), str) else "messages as JSON"
     return "messages"
 
 
@@ -44,7 +48,8 @@ def normalise_row(
     """
     if vision is None:
         vision = "images" in row or "image" in row
-    sides = [side for side in ("prompt", "chosen", "rejected") if side != "prompt" or "prompt" in row]
+    # Parquet has a null where JSONL has no prompt.
+    sides = [side for side in ("prompt", "chosen", "rejected") if side != "prompt" or row.get("prompt") is not None]
     values = {side: _side(row.get(side), side, vision) for side in sides}
     texts = {side for side, value in values.items() if isinstance(value, str)}
     if texts not in (set(), {"prompt"}, set(sides)):
@@ -58,7 +63,10 @@ def normalise_row(
         from apo_trl.io.prompt import split_prompt
 
         prompt, chosen, rejected = split_prompt(row, prompt, chosen, rejected, vision)
-    normal = {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    empty: Any = (
+        "" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}]
+    )  # TRL reads its first message
+    normal = {**row, "prompt": prompt, "chosen": chosen or empty, "rejected": rejected or empty}
     if needs_wins or vision or "tools" in row or "chat_template_kwargs" in row:
         from apo_trl.io.columns import normalise_columns
 
@@ -69,9 +77,7 @@ def normalise_row(
 def _side(value: Any, side: str, vision: bool) -> Any:
     if value is None:
         raise InvalidRow(f"has no '{side}'. Fill it or remove the row")
-    if isinstance(value, str):
-        value = parse_messages(value)
-    if isinstance(value, str):
+    if isinstance(value, str) and isinstance(value := _parse(value), str):
         return replace_surrogates(value)
     messages = normalise_messages(value, side, vision)
     if not messages and side == "prompt":
@@ -79,39 +85,36 @@ def _side(value: Any, side: str, vision: bool) -> Any:
     return messages
 
 
-def parse_messages(text: str) -> Any:
-    """Return the messages that a text holds as JSON, or the text."""
-    if text[:1] == "[" and '"role"' in text:
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            return text
-        if isinstance(value, list) and value and all(isinstance(each, dict) and "role" in each for each in value):
-            return value
-    return text
+def _parse(text: str) -> Any:
+    if not text.startswith("["):
+        return text
+    from apo_trl.io.columns import parse_messages
+
+    return parse_messages(text)
 
 
 def normalise_messages(value: Any, field: str, vision: bool = False) -> list[dict[str, Any]]:
     """Return messages in their normal form; raise InvalidRow, which names the row's `field`."""
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
-        kind = f"a list of {type(value[0]).__name__}" if isinstance(value, list) else type(value).__name__
-        raise InvalidRow(f"has {kind} as '{field}'. It must be a string or a list of messages")
+        from apo_trl.io.columns import message_list
+
+        value = message_list(value, field)
     messages = []
     for message in value:
         role, content = message.get("role"), message.get("content")
-        if not role or not isinstance(role, str):
-            raise InvalidRow(f"has a message without 'role' in '{field}'. Every message needs 'role' and 'content'")
+        if role not in _ROLES:
+            from apo_trl.io.columns import check_role
+
+            check_role(role, field)
         parts = content if isinstance(content, list) and all(isinstance(part, Mapping) for part in content) else []
         if vision and parts:
             content = [{key: value for key, value in part.items() if value is not None} for part in parts]
         elif content is not None:
             content = content_text(given := content)
             if content is None:
-                other = next((str(part.get("type")) for part in parts if part.get("type") != "text"), None)
-                kind = type(given).__name__ if other is None else f"a part of type '{other}'"
-                raise InvalidRow(
-                    f"has {kind} as 'content' in '{field}'. Use text; without the column `images` only text is read"
-                )
+                from apo_trl.io.columns import content_error
+
+                raise content_error(given, parts, field)
         normal = {"role": replace_surrogates(role), "content": content}
         if rest := {key: part for key, part in message.items() if key not in normal}:
             from apo_trl.io.columns import as_json

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from apo_trl.errors import InputError, InvalidRow
+from apo_trl.io.columns import parse_messages
 from apo_trl.io.messages import content_text, replace_surrogates
 from apo_trl.io.readers import file_builder, open_text, read_rows
 from apo_trl.io.resources import packaged
-from apo_trl.io.rows import normalise_messages, parse_messages
+from apo_trl.io.rows import normalise_messages
 from apo_trl.pairs.config.keys import Settings, shard_of
 
 __all__ = ["Answer", "PromptSource", "Record", "read_records"]
