@@ -175,7 +175,7 @@ def test_messages_as_json_are_parsed_only_if_all_rows_are(tmp_path):
 
 
 TOOL_ROWS = [
-    {"prompt": [user("Hi")], "chosen": [calls(city="Rome", on="2024-01-05")], "rejected": [says("No.")], "tools": [TOOL],
+    {"prompt": [user("Hi")], "chosen": [calls(city="X", on="2024-01-05")], "rejected": [says("No.")], "tools": [TOOL],
      "chat_template_kwargs": {"quiet": True}, "id": "a"},
     {"prompt": [user("Ho")], "chosen": [calls(n=3, deep={"x": [1]})], "rejected": [calls(city="Oslo")],
      "tools": None, "chat_template_kwargs": None, "id": "b"},

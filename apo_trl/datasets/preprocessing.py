@@ -14,7 +14,7 @@ from datasets import Dataset, Features, IterableDataset, Json, Value, concatenat
 from apo_trl import io
 from apo_trl.config import keeps_degenerate_pairs
 from apo_trl.errors import InputError, InvalidRow, nearest
-from apo_trl.io.rows import degenerate_reason, normalise_row, row_form
+from apo_trl.io.rows import OTHER_FORMATS, degenerate_reason, normalise_row, row_form
 
 __all__ = ["filter_degenerate_pairs", "map_datasets", "normalise_datasets"]
 
@@ -23,8 +23,6 @@ logger = get_logger(__name__)
 _BATCH_SIZE = 1000  # rows; fewer are not worth a second process
 _REASON = {"reason": Value("string")}
 _IMAGES = {"image", "images"}
-OTHER_FORMATS = ("messages", "completion")
-"""Columns of other kinds of data, by which TRL may decide, at random, whether rows are conversations."""
 _RULES = "".join(path.read_text("utf-8") for path in sorted(Path(io.__path__[0]).glob("*.py")))
 
 

@@ -7,9 +7,8 @@ from typing import Any
 from accelerate.logging import get_logger
 
 from apo_trl.config import groups_prompts
-from apo_trl.datasets.preprocessing import OTHER_FORMATS
 from apo_trl.errors import InputError, InvalidRow
-from apo_trl.io.rows import degenerate_reason, normalise_row, row_form
+from apo_trl.io.rows import OTHER_FORMATS, degenerate_reason, normalise_row, row_form
 from apo_trl.io.tokenization import encode_pair
 
 __all__ = ["StreamFilter", "check_first_row", "check_settings", "normalise_stream"]

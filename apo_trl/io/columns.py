@@ -24,10 +24,9 @@ def parse_messages(text: str) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    is_message = [
-        isinstance(each, dict) and "role" in each and ("content" in each or "tool_calls" in each) for each in value
-    ]
-    return value if is_message and all(is_message) else text
+    messages = [each for each in value if isinstance(each, dict) and "role" in each]
+    said = [each for each in messages if "content" in each or "tool_calls" in each]
+    return value if value and len(said) == len(value) else text
 
 
 def message_list(value: Any, field: str) -> list[Any]:
@@ -92,7 +91,8 @@ def _parse(value: Any, column: str, kind: type) -> Any:
         name = "a list" if kind is list else "an object"
         raise InvalidRow(f"has no valid '{column}'. It must be {name}, or {name} as JSON")
     if kind is list:  # of tools, each an object or its JSON
-        return [_parse(tool, column, dict) for tool in value]
+        tools: Any = value
+        return [_parse(tool, column, dict) for tool in tools]
     return as_json(value)
 
 
@@ -102,5 +102,5 @@ def _check_wins(wins: Any) -> None:
         raise InvalidRow(f"has no 'chosen_wins'. {rule}")
     if isinstance(wins, bool) or not isinstance(wins, numbers.Real):
         raise InvalidRow(f"has {wins!r} as 'chosen_wins'. {rule}")
-    if not 0 <= wins <= 1:  # also NaN
+    if not 0 <= float(wins) <= 1:  # also NaN
         raise InvalidRow(f"has chosen_wins={wins}. {rule}")

@@ -11,10 +11,13 @@ from apo_trl.errors import InvalidRow
 from apo_trl.io.messages import BEFORE_AN_ANSWER, common_prefix_length, content_text, replace_surrogates
 
 __all__ = ["common_prefix_length", "degenerate_reason", "normalise_messages", "normalise_row"]
-__all__ += ["ROW_COLUMNS", "row_form"]
+__all__ += ["OTHER_FORMATS", "ROW_COLUMNS", "row_form"]
 
 ROW_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 """The columns that become tokens."""
+
+OTHER_FORMATS = ("messages", "completion")
+"""Columns of other kinds of data, by which TRL may decide, at random, whether rows are conversations."""
 
 _ROLES = (*BEFORE_AN_ANSWER, "assistant", "tool")
 
