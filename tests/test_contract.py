@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.data_utils import _tokenize
+from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 
 from apo_trl.config import ADDED_LOSSES, SMOOTHED_LOSSES, TRL_LOSSES
 from apo_trl.losses import LOSSES, PER_TOKEN_LOSSES
@@ -24,6 +25,14 @@ METHODS = {
     "_get_train_sampler": ["self", "train_dataset"],
     "get_train_dataloader": ["self"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "evaluation_loop": [
+        "self",
+        "dataloader",
+        "description",
+        "prediction_loss_only",
+        "ignore_keys",
+        "metric_key_prefix",
+    ],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
 }
 
@@ -31,6 +40,11 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_that_are_overridden_or_called(name):
     assert list(inspect.signature(getattr(DPOTrainer, name)).parameters) == METHODS[name]
+
+
+def test_functions_that_are_called():
+    assert list(inspect.signature(_tokenize).parameters) == ["processing_class", "input", "apply_chat_template_kwargs"]
+    assert list(inspect.signature(get_config_model_id).parameters) == ["config"]
 
 
 def test_constructor_arguments_that_are_read():

@@ -311,7 +311,7 @@ class TestThoughts:
     @pytest.mark.parametrize(
         "written",
         [
-            "<think>Hm.</think>\n\nFour.<|next|>", "[THINK]Hm.[/THINK]Four.", "Hm.</think>Four.",
+            "<think>Hm.</think>\n\nFour.<|next|>", "[THINK]Hm.[/THINK]Four.", "Hm.\n</think>\nFour.",
             "<|channel|>analysis<|message|>Hm.<|next|><|start|>assistant<|channel|>final<|message|>Four.",
         ],
     )  # fmt: skip

@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import re
+import time
 from collections import Counter
 from functools import partial
 
@@ -34,8 +35,13 @@ HARMONY = "<|channel|>analysis<|message|>{0}<|end|><|start|>assistant<|channel|>
 CONTENTS = {
     "think": "<think>\n{0}\n</think>\n\n{1}",
     "end only": "{0}\n</think>\n\n{1}",
-    "end only, in a line": "{0}</think>{1}",
-    "end quoted in the thoughts": '<think>{0} As in `</think>` and "</think>".</think>{1}',
+    "end only, begin and end in its prose": "{0} As in <think>x</think>, or </think>.\n</think>\n{1}",
+    "end only, after a fenced one": "```\n</think>\n```\n{0}\n</think>\n{1}",
+    "end quoted in the thoughts": '<think>{0} As in `</think>` and "</think>".\n</think>{1}',
+    "end before quotes": "<think>Use `x`, {0}</think>{1}",
+    "byte order mark": "\ufeff<think>{0}</think>{1}",
+    "Hunyuan": "<think>\n{0}\n</think>\n<answer>\n{1}\n</answer>",
+    "ERNIE": "\n{0}\n</think>\n\n<response>\n{1}\n</response>\n",
     "twice": "<think>{0}</think>\n<think>{0}</think>\n{1}",
     "end twice": "<think>{0}</think>\n</think>\n{1}",
     "EXAONE": "<thought>\n{0}\n</thought>\n\n{1}",
@@ -57,6 +63,10 @@ FIELDS = {
                                          {"type": "text", "text": answer[:3]}, {"type": "text", "text": answer[3:]}]},
     "reasoning part": lambda answer: {"content": [{"type": "reasoning", "text": THOUGHT},
                                               {"type": "text", "text": answer}]},
+    "other parts": lambda answer: {"content": [{"type": "reasoning_text", "text": THOUGHT},
+        {"type": "redacted_thinking", "data": "x"}, {"type": "output_text", "text": answer},
+        {"type": "reference", "reference_ids": [1]}]},
+    "blank lines": lambda answer: {"content": f"\n \n{answer}", "reasoning": THOUGHT},
 }  # fmt: skip
 FORMS = {name: partial(lambda form, answer: {"content": form.format(THOUGHT, answer)}, form)
          for name, form in CONTENTS.items()} | FIELDS  # fmt: skip
@@ -71,7 +81,7 @@ def body(message=None, finish="stop", **more):
 def test_thoughts_are_taken_off(form, answer):
     reply = read_reply(body(form(answer)))
     assert (reply.text, reply.finish, reply.fault) == (answer, "stop", "")
-    assert THOUGHT in reply.thoughts or reply.thoughts in ("thinking", "reasoning")  # parts in parts are not read
+    assert THOUGHT in reply.thoughts
 
 
 @pytest.mark.parametrize(
@@ -81,7 +91,11 @@ def test_thoughts_are_taken_off(form, answer):
         "'</think>\\n'", "Open [THINK] and close [/THINK].", "Here is my thought process: first, second.",
         "analysis of a poem", "  indented\n", "<thinking>Hm.</thinking>", "<reasoning>a</reasoning>b",
         "Use <|channel|>.",
-        "`<think>` begins it.", "",
+        "`<think>` begins it.", "", "<think> is a tag that models emit.", "[THINK]Hm",
+        "The block ends with </think> and then", "re.sub(r'(?s).*</think>\\s*', '', text)\nDone.",
+        "s = f'{think}</think>{answer}'\nDone.", "<a>\n  </think>\n</a>", "```\n</think>\n```\nis it",
+        "Hm.</think>Four.", "Use </think>.\nThen:\n", "</think> ends it.", "<response>a</response>", "a<|end|>",
+        "analysis of data\n\nassistantfinal", "analysisResult = 1", "<|channel|>final is a name.",
     ],
 )  # fmt: skip
 def test_an_answer_about_thoughts_stays_whole(content):
@@ -89,17 +103,48 @@ def test_an_answer_about_thoughts_stays_whole(content):
 
 
 @pytest.mark.parametrize(
-    "content", ["<think>Hm, [[A]]", "[THINK]Hm", "<|channel|>analysis<|message|>Hm", "  <think>\n", "Hm.\n</think>\n"]
+    "content", ["<think>\nHm, [[A]]", "<think>", "<|channel|>analysis<|message|>Hm", "  <think>\n", "Hm.\n</think>\n"]
 )
 def test_thoughts_without_an_answer_are_empty(content):
     reply = read_reply(body({"content": content}))
     assert (reply.text.strip(), reply.fault) == ("", "empty")
 
 
+def test_a_reply_that_was_cut_in_its_thoughts():
+    assert read_reply(body({"content": "<think>Hm, [[A]]"}, "length"))[::3] == ("", "Hm, [[A]]")
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        ("<think>a</think>It is </think>.", "It is </think>."), ("<think>a</think>\n<think> opens.", "<think> opens."),
+        ("<think>the 'x'</think>'x' is it", "'x' is it"), ("<think>a</think>\\[x\\]", "\\[x\\]"),
+        (HARMONY.format("a", "Use <|channel|>final<|message|>."), "Use <|channel|>final<|message|>."),
+        ("<think>a</think>A turn ends with <|end|>", "A turn ends with <|end|>"),
+        ("<think>a</think><answer>b</answer> or <answer>c</answer>", "<answer>b</answer> or <answer>c</answer>"),
+    ],
+)  # fmt: skip
+def test_an_answer_after_thoughts_keeps_its_marks(content, answer):
+    assert read_reply(body({"content": content})).text == answer
+
+
+@pytest.mark.parametrize(
+    "content", ["<think>a</think>x{0}y", "<think>a</think>x{1}y", "{0}x", "{2}x", "{3}x", "{4}", "<think>{5}", "{6}"]
+)
+def test_a_long_reply_is_read_at_once(content):
+    n = 60_000
+    pieces = ("\n" * n, " " * n, "<think></think>" * n, "</think>" * n, "analysis" * n, "\n</think>" * n,
+              "```\n" + "</think>\n" * n)  # fmt: skip
+    start = time.perf_counter()
+    read_reply(body({"content": content.format(*pieces)}))
+    assert time.perf_counter() - start < 0.5
+
+
 def test_what_a_server_has_separated_keeps_its_text():
     message = {"content": "Close it by </think> in the text.", "reasoning_content": "Hm."}
     assert read_reply(body(message)).text == message["content"]
-    assert read_reply(body(message | {"content": "<think>Hm.</think>Four."})).text == "Four."
+    message["content"] = "<think>Hm.</think> is XML.\n</think>\n"
+    assert read_reply(body(message)).text == message["content"]
 
 
 @pytest.mark.parametrize(
@@ -111,14 +156,31 @@ def test_an_empty_thought_is_none(content):
 
 @pytest.mark.parametrize(
     ("reason", "fault"),
-    [(word, "") for word in ("stop", "eos", "eos_token", "EOS_TOKEN", "end_turn", "stop_sequence", "STOP", "COMPLETE")]
+    [
+        (word, "")
+        for word in (
+            "stop",
+            "eos",
+            "EOS_TOKEN",
+            "end_turn",
+            "stop_sequence",
+            "STOP ",
+            "COMPLETE",
+            "done",
+            "finished",
+            "FINISH_REASON_STOP",
+        )
+    ]
     + [(word, "truncated") for word in ("length", "max_tokens", "MAX_TOKENS", "model_length")]
-    + [(word, "filtered") for word in ("content_filter", "SAFETY", "refusal")]
-    + [(word, "unfinished") for word in ("tool_calls", "abort", ["stop"], {"type": "stop"}, 7, True, "\ud800")],
+    + [
+        (word, "filtered")
+        for word in ("content_filter", "SAFETY", "REFUSAL", "recitation", "PROHIBITED_CONTENT", "blocklist", "spii")
+    ]
+    + [(word, "unfinished") for word in ("tool_calls", "pause", ["stop"], {"type": "stop"}, 7, True, "\ud800")],
 )
 def test_finish_reasons(reason, fault):
     reply = read_reply(body({"content": "x"}, reason))
-    assert (reply.fault, reply.refused) == (fault, reason == "refusal")
+    assert (reply.fault, reply.refused) == (fault, reason == "REFUSAL")
     assert reply.finish.encode()
 
 
@@ -134,11 +196,30 @@ def test_a_server_without_finish_reasons(content, usage, limit, fault, reason):
     assert read_reply(body({"content": content}, reason, usage=usage), limit).fault == fault
 
 
+@pytest.mark.parametrize("inner", ["y " * 900, [{"type": "text", "text": "y " * 900}]])
+def test_thoughts_in_parts_count_without_a_finish_reason(inner):
+    message = {"content": [{"type": "thinking", "thinking": inner}, {"type": "text", "text": "It is"}]}
+    assert read_reply(body(message, None), 1000).fault == "unfinished"
+
+
+def test_parts_without_a_type():
+    assert read_reply(body({"content": ["It is ", None, {"type": "text", "text": "four."}]})).text == "It is four."
+
+
+def test_a_refusal_part_is_a_refusal():
+    assert read_reply(body({"content": [{"type": "refusal", "refusal": "No."}]})).refused
+
+
 @pytest.mark.parametrize(
     ("usage", "expected"),
     [
         ({"prompt_tokens": 3, "completion_tokens": 5}, (3, 5)), ({"prompt_tokens": 3.0}, (3, 0)), ([], (0, 0)),
         ({"prompt_tokens": 10**400, "completion_tokens": math.inf}, (0, 0)), ({"prompt_tokens": -1}, (0, 0)),
+        ({"input_tokens": 3, "output_tokens": 5}, (3, 5)),
+        ({"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 108}, (3, 105)),
+        ({"completion_tokens": 5, "completion_tokens_details": {"reasoning_tokens": 100}}, (0, 105)),
+        ({"completion_tokens": 5, "completion_tokens_details": {"reasoning_tokens": 4}}, (0, 5)),
+        ({"completion_tokens": 5, "total_tokens": 8, "completion_tokens_details": []}, (0, 5)),
         ({"prompt_tokens": "3", "completion_tokens": math.nan}, (0, 0)), (None, (0, 0)),
     ],
 )  # fmt: skip
@@ -147,7 +228,7 @@ def test_usage(usage, expected):
 
 
 def test_the_thoughts_that_a_chat_template_begins():
-    assert open_thoughts("<|im_start|>assistant\n<think>\n") == "<think>"
+    assert open_thoughts("<|im_start|>assistant\n<think>\n") == "<think>\n"
     assert open_thoughts("<think>\n\n</think>\n\n") == ""
 
 
@@ -155,8 +236,8 @@ def test_the_thoughts_that_a_chat_template_begins():
 
 
 @pytest.mark.parametrize(
-    "content", [5, True, {"text": "x"}, [5], [None], [["x"]], [{"type": "text", "text": 5}], [{"type": ["text"]}],
-                [{"type": "text", "text": "See:"}, {"type": "image_url", "image_url": "x"}]],
+    "content", [5, True, {"text": "x"}, [5], [{"text": "x"}], [["x"]], [{"type": "text", "text": 5}],
+                [{"type": ["text"]}], [{"type": "text", "text": "See:"}, {"type": "image_url", "image_url": "x"}]],
 )  # fmt: skip
 def test_content_that_is_not_text_is_no_answer(content):
     assert read_reply(body({"content": content})).fault == "unfinished"
@@ -352,10 +433,12 @@ def test_batch_files_are_read_alike(prompts, tmp_path):  # noqa: F811
             request = json.loads(path.read_text())
             choice = {"message": answer(request["body"]), "finish_reason": "eos_token"}
             lines = [{"custom_id": request["custom_id"], "response": {"body": {"choices": [choice]}}}]
-            lines += [{"custom_id": "\ud800", "response": []}, lines[0] | {"response": {"body": {"choices": {}}}}]
+            failed = lines[0] | {"response": {"body": {"choices": [choice | {"finish_reason": "error"}]}}}
+            lines = [failed, *lines, {"custom_id": "\ud800", "response": []}]
+            lines += [lines[0] | {"response": {"body": {"choices": {}}}}]
             (tmp_path / "done").write_text("\n".join([*map(json.dumps, lines), "[" * 10**5]))
             counts = import_batch(settings, store, [str(tmp_path / "done")])
-            assert counts == {"imported": 1, "unknown custom_id": 1, "imported before": 1, "unreadable": 1}
+            assert counts == {"failed": 1, "imported": 1, "unknown custom_id": 1, "imported before": 1, "unreadable": 1}
     report = build(settings).report
     assert (report["kept"], report["thoughts"]) == (1, {"policy": 1, "reviser": 1})
 
@@ -371,14 +454,33 @@ def test_a_server_without_finish_reasons_is_used(prompts, tmp_path):  # noqa: F8
     assert report["dropped"] == {"policy_unfinished": 2}
 
 
-@pytest.mark.parametrize("body", ["[" * 10**5, '{"choices": {"0": {}}}', '{"choices": [[]]}', "9" * 5000, '"\\ud800"'])
-def test_a_response_of_another_shape_is_a_failed_request(prompts, tmp_path, monkeypatch, body):  # noqa: F811
+FAILED = {
+    "[" * 10**5: "not a chat completion",
+    '{"choices": {"0": {}}}': "",
+    '{"choices": [[]]}': "",
+    "9" * 5000: "",
+    '"\\ud800"': "",
+    '{"error": {"message": "No credits", "code": 402}}': "No credits",
+    '{"choices": [{"message": {"content": ""}, "finish_reason": "stop", "error": "Overloaded"}]}': "Overloaded",
+    '{"choices": [{"message": {"content": "x"}, "finish_reason": "error"}]}': "finish_reason error",
+    '{"choices": [{"message": {"content": "x"}, "finish_reason": "ABORT"}]}': "finish_reason abort",
+    '{"choices": [{"delta": {"content": "x"}, "finish_reason": "stop"}]}': "not a chat completion",
+    '{"choices": [{"text": "x", "finish_reason": "stop"}]}': "not a chat completion",
+}
+
+
+@pytest.mark.parametrize(("body", "message"), FAILED.items())
+def test_a_response_of_another_shape_is_a_failed_request(prompts, tmp_path, monkeypatch, body, message):  # noqa: F811
     with ChatServer(lambda request: "x") as server:
         run(server, prompts(numbered(1)), tmp_path / "out")  # with the probes
         monkeypatch.setitem(chat_server.REPLIES, "html", (200, body.encode()))
         server.faults = lambda number, request: "html"
         report = run(server, prompts([{"prompt": "New?"}]), tmp_path / "out", policy_max_retries=0).report
-    assert report["dropped"] == {"policy_error": 1}
+        assert report["dropped"] == {"policy_error": 1}
+        assert message in report["examples"]["policy_error"][0]["detail"]
+        server.faults = lambda number, request: None
+        report = run(server, prompts([{"prompt": "New?"}]), tmp_path / "out").report
+    assert report["dropped"] == {"malformed": 1}, "the failure was cached"
 
 
 # Replies that are all dropped.
@@ -390,12 +492,11 @@ ALL_DROPPED = {
         "clair",
         "reviser-model",
         {"content": "no tags"},
-        "reviser_model: the first 20 replies were all dropped as malformed",
+        "reviser_model: the replies to the first 20 rows were all dropped as malformed",
     ),
     "stronger": ("stronger_preferred", "stronger-model", {"content": None}, "stronger_model: .*stronger_empty"),
     "judge": ("on_policy_judge", "judge-model", CUT, "judge_truncated .*Raise judge_max_tokens"),
-    "tie": ("on_policy_judge", "judge-model", {"content": "[[C]]"}, "^prompts: the first 20 rows .* tie"),
-    "unknown": ("clair", "policy-model", {"content": "x", "finish_reason": "abort"}, "finish_reason abort"),
+    "unknown": ("clair", "policy-model", {"content": "x", "finish_reason": "pause"}, "finish_reason pause"),
 }
 
 
@@ -407,7 +508,7 @@ def test_replies_that_are_all_dropped_stop_the_run(prompts, tmp_path, method, mo
         result = run(server, source, tmp_path / "out", **keys)
         assert result.broken
         assert re.search(message, result.stopped)
-        assert server.count < 100
+        assert server.count < 120
         assert result.report["asked"] == 120
         sent = server.count
         again = run(server, source, tmp_path / "out", **keys)
@@ -441,3 +542,59 @@ def test_some_good_replies_among_many_dropped_ones_stop_nothing(prompts, tmp_pat
     with ChatServer(cut) as server:
         result = run(server, prompts(numbered(60)), tmp_path / "out", concurrency=4)
     assert (result.stopped, result.report["dropped"]) == ("", {"policy_truncated": 59})
+
+
+def test_a_row_counts_once_and_rows_without_a_role_never(prompts, tmp_path):  # noqa: F811
+    answer = thinker(lambda text: {"content": text})
+    numbers = iter(range(10**6))
+    cut = lambda body: CUT | {"content": f"{next(numbers)}"} if "Hard" in str(body) else answer(body)  # noqa: E731
+    easy = [{"prompt": f"What is {number} + 1?"} for number in range(9)]
+    with ChatServer(cut) as server:
+        keys = {"method": "on_policy_judge", "judge_protocol": "pointwise", "concurrency": 1, "num_responses": 20}
+        result = run(server, prompts([{"prompt": "Hard"}, *easy]), tmp_path / "samples", **keys)
+        assert (result.stopped, result.report["dropped"]) == ("", {"policy_truncated": 1})
+        same = [{"prompt": f"{number}?", "responses": ["a", "a"]} for number in range(25)]
+        result = run(server, prompts([*same, *easy]), tmp_path / "own", method="on_policy_judge", concurrency=1)
+    assert (result.stopped, result.report["dropped"]) == ("", {"identical_answers": 25})
+
+
+def test_a_finished_run_of_dropped_replies_is_complete(prompts, tmp_path):  # noqa: F811
+    with ChatServer(lambda body: CUT) as server:
+        for _ in range(2):
+            result = run(server, prompts(numbered(20)), tmp_path / "out", concurrency=1)
+            assert (result.stopped, result.broken, result.report["complete"]) == ("", False, True)
+        more = {"max_requests": 0, "concurrency": 1}
+        result = run(server, prompts(numbered(21)), tmp_path / "out", **more)
+        assert (result.stopped, result.report["dropped"]) == ("", {"policy_truncated": 20, "not_answered": 1})
+
+
+def test_only_usable_samples_that_repeat_are_sampled_again(prompts, tmp_path):  # noqa: F811
+    with ChatServer(lambda body: {"content": "", "finish_reason": "length"}) as server:
+        keys = {"method": "on_policy_judge", "num_responses": 4}
+        run(server, prompts(numbered(1)), tmp_path / "out", **keys)
+        assert server.count == 2 + 4
+
+
+def test_a_judge_that_says_nothing_is_not_requested_again(prompts, tmp_path):  # noqa: F811
+    with ChatServer(lambda body: "<think>\n[[A]]") as server:
+        row = {"prompt": "Which?", "responses": ["first", "second"]}
+        run(server, prompts([row]), tmp_path / "out", method="on_policy_judge")
+        assert server.count == 2 + 2
+
+
+def test_a_probe_without_text_shows_no_seed(prompts, tmp_path):  # noqa: F811
+    with ChatServer(lambda body: {"content": "", "finish_reason": "length"}) as server:
+        report = run(server, prompts(numbered(1)), tmp_path / "out").report
+    assert report["servers"] == {"policy policy-model": "ignores n, seed"}
+
+
+@pytest.mark.parametrize("limit", [None, "100", -1, 50])
+def test_an_odd_completion_limit(prompts, tmp_path, limit):  # noqa: F811
+    answer = thinker(lambda text: {"content": text})
+    keys = {
+        "policy_max_tokens": None,
+        "policy_extra_body": {"max_completion_tokens": limit},
+        "policy_output_price": 1.0,
+    }
+    with ChatServer(lambda body: answer(body) | {"finish_reason": None}) as server:
+        assert run(server, prompts(numbered(1)), tmp_path / "out", max_cost=9.0, **keys).report["kept"] == 1

@@ -125,6 +125,10 @@ def test_a_judge_needs_two_answers_and_a_reward_model_no_url():
     assert "num_responses: must be >= 2" in fault(**judge | {"method": "judge_then_clair"}, num_responses=1)
     assert re.match("judge_base_url: .*Leave it out", fault(**judge, judge_protocol="reward_model", judge_base_url=URL))
     assert make_settings(BASE | judge).responses == 2
+    stronger = {"method": "stronger_preferred", "stronger_model": "p", "stronger_base_url": "http://127.0.0.1:2/v1"}
+    assert re.match("policy_model: duplicate .* cache_by_url: true", fault(**stronger))
+    assert make_settings(BASE | stronger | {"cache_by_url": True})
+    assert make_settings(BASE | stronger | {"stronger_base_url": f"{URL}/"})
     several = {"method": "off_policy_judge", "policy_model": ["a", "b", "c"], "judge_model": "j"}
     made = make_settings(BASE | several)
     assert made.responses == 3

@@ -134,12 +134,30 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path):
         ResponseCache(tmp_path / "b")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        '["half', "null", "[1, 2]", '"abc"', '{"a": 1}', "\0\udcff", "[" * 10**5, "[" + "[]," * 11 + "[]]",
+        '["k", "policy", "sample", "r", 0, "m", "no JSON", 1, 0, 0, 0.0, 0.0]',
+        '["k", "policy", "sample", "r", 0, "m", null, 1, 0, 0, 0.0, 0.0]',
+        f'["k", "policy", "sample", "r", {10**30}, "m", "1", 1, 0, 0, 0.0, 0.0]',
+        '["\\ud800", "policy", "sample", "r", 0, "m", "1", 1, 0, 0, 0.0, 0.0]',
+    ],
+)  # fmt: skip
+def test_a_damaged_line_of_pending_responses_loses_only_itself(tmp_path, damage):
+    lines = [f'["{key}", "policy", "sample", "r", 0, "m", "1", 1, 0, 0, 0.0, 0.0]' for key in "ab"]
+    text = "\n".join([lines[0], damage, lines[1]])
+    (tmp_path / "store.pending").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with ResponseCache(tmp_path) as store:
+        assert [store.reply(key) for key in ("a", "b", "k")] == [1, 1, None]
+
+
 def test_a_full_disk_is_told_and_takes_nothing_with_it(tmp_path):
     with ResponseCache(tmp_path) as store:
         store.add("a", "1", **ENTRY)
         pages = store._base.execute("PRAGMA page_count").fetchone()[0]
         store._base.execute(f"PRAGMA max_page_count = {pages}")
-        with pytest.raises(InputError, match=r"output_dir: .*\(database or disk is full\).* Run it again"):
+        with pytest.raises(InputError, match=r"output_dir: .*\(database or disk is full\)\. Free space"):
             store.add("b", json.dumps("x" * 100_000), **ENTRY)
         assert store.reply("b") is None
     with ResponseCache(tmp_path) as store:

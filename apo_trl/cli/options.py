@@ -61,4 +61,4 @@ def judging_keys() -> set[str]:
 def exit_if_stopped(reason: str) -> None:
     """Exit with status 1 if a run stopped early."""
     if reason:
-        sys.exit(f"Stopped early: {reason} Run the same command again to resume.")
+        sys.exit(f"Stopped early: {reason} Run the command again to resume.")

@@ -54,7 +54,7 @@ def build(recipe: str, **keys: Any) -> None:
         tokens = f"{used['prompt_tokens']:,} + {used['completion_tokens']:,} tokens"
         print(f"{role}: {used['requests']:,} requests in all runs, {tokens}{cost}.")
     if result.stopped:
-        print(f"Stopped early: {result.stopped} Run the same command again to resume.", file=sys.stderr)
+        print(f"Stopped early: {result.stopped} Run the command again to resume.", file=sys.stderr)
     elif "not_answered" in report["dropped"]:
         print("Some rows wait for a batch: `apo-trl pairs import-batch`, then the same command.", file=sys.stderr)
     elif not report["complete"]:

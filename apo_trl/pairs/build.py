@@ -122,13 +122,11 @@ async def each_row(
             notes: Notes = {}
             try:
                 end(End(record, await make(requester, settings, record, notes), notes))
-                requester.ended(None)
             except Dropped as dropped:
-                if not record.fault and dropped.reason != "not_answered":
-                    requester.ended(None, dropped.reason, dropped.detail)
                 end(End(record, None, notes, dropped.reason, dropped.detail))
             except Stopped as stopped:
                 end(End(record, None, notes, "not_asked", str(stopped)))
+            requester.row_ended(record.id)
             await asyncio.sleep(0)  # a row out of the cache never waits, and would block all others
 
     try:

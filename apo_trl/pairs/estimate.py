@@ -31,7 +31,7 @@ def estimate(settings: Settings, store: ResponseCache) -> dict[str, dict[str, fl
     missing: dict[str, str] = {}  # rows with the role whose answers they lack
 
     def answer_tokens(role: Role) -> int:
-        return round(means.get(role.name) or role.max_tokens or role.extra_body.get("max_completion_tokens") or 1024)
+        return round(means.get(role.name) or role.limit or 1024)
 
     def count(role: Role, number: int, messages: Messages) -> None:
         prompt = number * tokens_of(messages)

@@ -147,9 +147,10 @@ async def _judged(asker: Requester, settings: Settings, record: Record, step: st
     template = load_template(step, judge.template)
     asked = template.ask(record.prompt, **answers)
     (reply,) = await asker.ask(judge, step, asked.messages, row=record.id, template=template.digest)
-    if reply.finish == "stop" and parse(reply.text) is None:
+    if not reply.fault and parse(reply.text) is None:
         asked = template.ask_again(record.prompt, asked, reply.text, problem, **answers)
         (reply,) = await asker.ask(judge, step, asked.messages, row=record.id, template=template.digest)
     result = parse(reply.text) if reply.finish == "stop" else None
-    asker.fault(judge, reply) or asker.ended(judge, "judge_invalid" if result is None else "")
+    if not asker.fault(judge, record.id, reply):  # which notes the others
+        asker.ended(judge, record.id, "judge_invalid" if result is None else "")
     return result, reply.text

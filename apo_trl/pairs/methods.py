@@ -48,10 +48,10 @@ async def _stronger(asker: Requester, settings: Settings, record: Record, notes:
     answer = (await own_answers(asker, settings, record, settings.responses))[0]
     (reply,) = await asker.ask(role, "sample", _with_system(role, record), row=record.id)
     if reply.refused or (not reply.fault and is_refusal(reply.text)):
-        raise asker.ended(role, "stronger_refused")
-    if fault := asker.fault(role, reply):
+        raise asker.ended(role, record.id, "stronger_refused")
+    if fault := asker.fault(role, record.id, reply):
         raise fault
-    asker.ended(role)
+    asker.ended(role, record.id)
     return Pair(Answer(reply.text, role.public_model), answer)
 
 
@@ -83,46 +83,48 @@ async def own_answers(asker: Requester, settings: Settings, record: Record, want
 
 
 async def sample(asker: Requester, role: Role, record: Record, count: int) -> list[Answer]:
-    """Sample `count` answers of one model; repeated ones are requested once more.
+    """Sample `count` answers of one model; usable ones that repeat are requested once more.
 
     Raises:
         Dropped: No answer is complete, or only one of several.
     """
     messages = _with_system(role, record)
     replies = await asker.ask(role, "sample", messages, row=record.id, samples=range(count))
-    if same := count - len({reply.text or reply.thoughts for reply in replies}):
+    texts = [reply.text for reply in replies if not reply.fault]
+    if same := len(texts) - len(set(texts)):
         # Two equal samples: the same seed used twice, a caching proxy, or a very sure model.
         replies += await asker.ask(role, "sample", messages, row=record.id, samples=range(count, count + same))
     usable = [reply for reply in replies if not reply.fault]
-    faults = [fault for reply in replies if (fault := asker.fault(role, reply))]
+    faults = [fault for reply in replies if (fault := asker.fault(role, record.id, reply))]
+    if usable:
+        asker.ended(role, record.id)
     if len(usable) < min(count, 2):
         raise faults[0]
-    asker.ended(role)
     return [Answer(reply.text, role.public_model) for reply in usable]
 
 
 async def _revise(asker: Requester, settings: Settings, record: Record, pair: Pair) -> Pair:
     """Replace the chosen answer by its minimal revision, which is requested once more if the reply is malformed."""
-    role, answer = settings.reviser, pair.chosen.text
+    role, row, answer = settings.reviser, record.id, pair.chosen.text
     template = load_template("revise", role.template)
     asked = template.ask(record.prompt, answer=answer)
     revision, repaired = None, False
     while revision is None:
-        (reply,) = await asker.ask(role, "revise", asked.messages, row=record.id, template=template.digest)
+        (reply,) = await asker.ask(role, "revise", asked.messages, row=row, template=template.digest)
         if reply.refused:
-            raise asker.ended(role, "refused")
-        if fault := asker.fault(role, reply):
+            raise asker.ended(role, row, "refused")
+        if fault := asker.fault(role, row, reply):
             raise fault
         try:
             revision = parse_revision(reply.text, f"revision{asked.suffix}")
         except Malformed as error:
             if is_refusal(reply.text) or repaired:
-                raise asker.ended(role, "refused" if is_refusal(reply.text) else "malformed", str(error)) from None
+                raise asker.ended(role, row, "refused" if is_refusal(reply.text) else "malformed", str(error)) from None
             asked, repaired = template.ask_again(record.prompt, asked, reply.text, str(error), answer=answer), True
     limits = RevisionLimits(max_edit_distance=settings.max_edit_distance, max_length_ratio=settings.max_length_ratio)
     if reason := revision_reason(record.prompt[-1]["content"], answer, revision.text, limits):
-        raise asker.ended(role, reason)
-    asker.ended(role)
+        raise asker.ended(role, row, reason)
+    asker.ended(role, row)
     return pair._replace(chosen=Answer(revision.text, role.public_model), rationale=revision.rationale)
 
 

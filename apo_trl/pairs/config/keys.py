@@ -101,6 +101,12 @@ class Role(_Keys):
         return os.environ[self.api_key_env].strip() if self.api_key_env else "none"
 
     @property
+    def limit(self) -> float | None:
+        """The maximum tokens of an answer, if they are a positive number."""
+        limit = self.max_tokens or self.extra_body.get("max_completion_tokens")
+        return limit if isinstance(limit, (int, float)) and limit > 0 else None
+
+    @property
     def public_model(self) -> str:
         """The model's name as others may read it: the last part of a local path."""
         name = self.model or ""

@@ -113,7 +113,10 @@ def _check(settings: Settings) -> None:
         raise InputError("max_length: needs `tokenizer`. Set it to the folder or hub name of the model to be trained.")
     if len(policies) > 1 and not (method == "off_policy_judge" and all(role.model for role in policies)):
         raise InputError("policy_model: must be one name, or, for off_policy_judge only, several. Correct the list.")
-    if len({(role.model, role.base_url if settings.cache_by_url else None) for role in policies}) < len(policies):
+    answering = [role for role in settings.roles if role.name in ("policy", "stronger")]  # the same prompts
+    places = {(role.model, (role.base_url or "").rstrip("/")) for role in answering}
+    shared = not settings.cache_by_url and len({model for model, _ in places}) < len(places)
+    if shared or len({(role.model, role.base_url) for role in policies}) < len(policies):
         raise InputError(
             "policy_model: duplicate name. Set each once (num_responses is the number of answers), or, if servers have "
             "different models of one name, cache_by_url: true."

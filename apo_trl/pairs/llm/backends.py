@@ -10,7 +10,7 @@ import openai
 
 from apo_trl.io.messages import one_line
 from apo_trl.pairs.config.settings import Role, Settings
-from apo_trl.pairs.llm.reply import choices_of
+from apo_trl.pairs.llm.reply import failure_of
 from apo_trl.pairs.llm.requests import RequestFailed
 
 __all__ = ["InProcess", "Server"]
@@ -44,15 +44,15 @@ class Server:
 
 
 async def _require_completion(response: Any) -> None:
-    """Raise for a 200 without a completion what the SDK retries: the error of a broken connection."""
+    """Raise for a 200 without a completion, or with an error, what the SDK retries: that the connection broke."""
     if response.status_code != 200:
         return
     try:
         body = json.loads(await response.aread())
     except (ValueError, RecursionError):  # not JSON, or too deep
         body = None
-    if not choices_of(body):
-        raise httpx2.RemoteProtocolError("the response is not a chat completion", request=response.request)
+    if failure := failure_of(body):
+        raise httpx2.RemoteProtocolError(failure, request=response.request)
     response.extensions["json"] = body
 
 

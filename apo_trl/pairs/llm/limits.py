@@ -57,7 +57,7 @@ class Budget:
         """Reserve the highest cost of a request for `count` completions; return it, for `end`. Raises Stopped."""
         settings = self._settings
         # Without max_tokens a completion has no bound; the usual one is better than none.
-        completion = request.body.get("max_tokens", request.body.get("max_completion_tokens", 1024))
+        completion = request.body.get("max_tokens") or request.role.limit or 1024
         highest = count * request.role.cost(tokens_of(request.body["messages"]), completion)
         limit = math.inf if settings.max_cost is None else settings.max_cost
         while not self.stopped and self.cost + self._reserved + highest > limit:

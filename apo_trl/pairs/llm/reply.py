@@ -5,11 +5,12 @@ Nothing else looks into a body. Any JSON can be read: a reply that is no complet
 
 import math
 import re
+from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
-from apo_trl.io.messages import content_text, replace_surrogates
+from apo_trl.io.messages import one_line, replace_surrogates
 
-__all__ = ["MARKS", "Reply", "choices_of", "open_thoughts", "read_reply", "usage_of"]
+__all__ = ["MARKS", "Reply", "choices_of", "failure_of", "open_thoughts", "read_reply", "usage_of"]
 
 _THOUGHTS = {  # ends by beginnings; a chat template may write the beginning, so that a reply has the end only
     "<think>": "</think>",  # DeepSeek-R1, Qwen3, GLM, SmolLM3, Granite 3.3 and most others
@@ -21,19 +22,33 @@ _THOUGHTS = {  # ends by beginnings; a chat template may write the beginning, so
     "<|channel>thought": "<channel|>",  # Gemma 4
 }
 MARKS = frozenset({*_THOUGHTS, *_THOUGHTS.values(), "<|channel>", "<|channel|>", "<|message|>"})  # maybe special tokens
-_ENDS = {  # but not in quotes, as in thoughts and answers about these marks: `</think>`, "</think>", '</think>\n'
-    begin: re.compile(r"(?<![`'\"]){0}|{0}(?![`'\"\\])".format(re.escape(end))) for begin, end in _THOUGHTS.items()
-}
+_BEGIN, _END = ("|".join(map(re.escape, marks)) for marks in (_THOUGHTS, _THOUGHTS.values()))
+_MARK = re.compile(rf"[\s\ufeff]*(?:({_BEGIN})|{_END})")
+_LINE = re.compile(rf"^```.*?(?:^```|\Z)|^({_END})[ \t\r]*$", re.M | re.S)  # fenced code, or an end alone
+_BORDER = r"(?m)^{0}|{0}(?=[ \t\r]*$)"  # an end at the beginning or at the end of a line
+_BORDERED = {begin: re.compile(_BORDER.format(re.escape(end))) for begin, end in _THOUGHTS.items()}
 _GRANITE = re.compile(r"\s*Here(?:'s| is) my thought process:(.*?)\bHere(?:'s| is) my response:", re.S)  # Granite 3.2
 _TURN = r"(?:<\|start\|>)?(?:assistant)?<\|channel\|>"  # gpt-oss; the next line also without its special tokens
-_HARMONY = re.compile(rf"\s*(?:{_TURN}|analysis.*?assistantfinal)", re.S)
+_HARMONY = re.compile(
+    rf"\s*(?:{_TURN}(?:analysis|commentary|final)\b[^\n]*?<\|message\|>|analysis(?=[^\W\d_a-z]).*?assistantfinal)", re.S
+)
 _FINAL = re.compile(rf"{_TURN}final(?:(?!<\|channel\|>).)*?<\|message\|>|assistantfinal", re.S)
-_BORDERS = re.compile(r"\A(?:\s*<\|START_RESPONSE\|>)?(?:\s*\n| (?! ))?|\s*<\|(?:END_RESPONSE|end|return)\|>\s*\Z")
-_FINISH = {
-    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"), "stop"),
-    **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length"), "length"),
-    **dict.fromkeys(("content_filter", "content_filtered", "safety", "refusal", "sensitive"), "content_filter"),
+_BLANK_LINES, _BLANK = re.compile(r"\A(?:\s*\n)?"), re.compile(r"\A(?:\s*\n| (?! ))?")
+_WRAPPED = re.compile(  # Hunyuan, ERNIE, Command A Reasoning
+    r"\s*(?:<(answer|response)>|<\|START_RESPONSE\|>)((?:(?!</?\1>).)*)(?:</\1>|<\|END_RESPONSE\|>)\s*\Z", re.S
+)
+_PARTS = {"refusal": "refusal"} | {  # kinds of content parts; others are no answer
+    **dict.fromkeys(("text", "output_text"), "text"),
+    **dict.fromkeys(("thinking", "reasoning", "reasoning_text"), "thoughts"),
+    **dict.fromkeys(("redacted_thinking", "reference"), "ignored"),
 }
+_FINISHES = {
+    "stop": "stop eos eos_token end_turn stop_sequence complete completed done finished",
+    "length": "length max_tokens max_output_tokens model_length",
+    "content_filter": "content_filter content_filtered safety refusal sensitive recitation prohibited_content spii "
+    "blocklist",
+}
+_FINISH = {word: finish for finish, words in _FINISHES.items() for word in words.split()}
 
 
 class Reply(NamedTuple):
@@ -52,68 +67,116 @@ class Reply(NamedTuple):
         return "" if self.text.strip() else "empty"
 
 
+def failure_of(body: Any) -> str:
+    """Return why a body is no chat completion, if possible in the provider's words; an empty string if it is one."""
+    choices = body.get("choices") if isinstance(body, dict) else None
+    choices = choices if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices) else []
+    for part in [body, *choices] if isinstance(body, dict) else []:
+        if error := part.get("error"):
+            return one_line(error.get("message") or error if isinstance(error, dict) else error)
+        if (reason := _finish_word(part.get("finish_reason"))) in ("error", "abort"):
+            return f"finish_reason {reason}"
+    valid = choices and all(isinstance(choice.get("message"), dict) for choice in choices)
+    return "" if valid else "the response is not a chat completion"
+
+
 def choices_of(body: Any) -> list[dict[str, Any]]:
     """Return the choices of a chat completion; none if the body is something else."""
-    choices = body.get("choices") if isinstance(body, dict) else None
-    if not isinstance(choices, list):
-        return []
-    valid = all(isinstance(each, dict) and isinstance(each.get("message") or {}, dict) for each in choices)
-    return choices if valid else []
+    return [] if failure_of(body) else list(body["choices"])
 
 
 def read_reply(body: Any, max_tokens: float | None = None) -> Reply:
     """Read the first choice. One without a finish reason is complete if it is shorter than `max_tokens`."""
     choice, *_ = [*choices_of(body), {}]
-    message, reason = choice.get("message") or {}, choice.get("finish_reason")
-    content = message.get("content") or ""
-    thoughts = [str(message[name]) for name in ("reasoning_content", "reasoning") if message.get(name)]
-    if isinstance(content, list):
-        kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
-        thoughts += [kind for kind in kinds if kind in ("thinking", "reasoning")]  # as Mistral sends them
-        content = [part for part, kind in zip(content, kinds, strict=True) if kind not in ("thinking", "reasoning")]
-    text = content_text(content)
-    finish = _FINISH.get(reason.lower(), replace_surrogates(reason)[:60]) if isinstance(reason, str) else "unknown"
-    if text is None:
+    message, reason = choice.get("message", {}), choice.get("finish_reason")
+    parts = _sort_parts(message.get("content"))
+    parts["thoughts"] += [str(message[name]) for name in ("reasoning_content", "reasoning") if message.get(name)]
+    text, thoughts, word = "".join(parts["text"]), "\n".join(parts["thoughts"]), _finish_word(reason)
+    finish = _FINISH.get(word, replace_surrogates(word)[:60]) or "unknown"
+    if "other" in parts:
         text, finish = "", "content that is not text"
-    elif reason in (None, ""):
-        tokens = usage_of(body)[1] or len(text.encode()) + sum(map(len, thoughts))
+    elif reason is None or reason == "":
+        tokens = usage_of(body)[1] or len(text.encode("utf-8", "replace")) + len(thoughts)
         finish = "stop" if tokens < (max_tokens or math.inf) else "missing"
-    inner, text = _split(text, separated=bool(thoughts))
-    refused = bool(message.get("refusal")) or reason == "refusal"
-    return Reply(text, finish, refused, replace_surrogates("\n".join([*thoughts, inner])).strip())
+    if parts["thoughts"]:  # the server has separated them
+        text = _BLANK_LINES.sub("", text, count=1)
+    else:
+        thoughts, text = _split(text, cut=finish == "length")
+    refused = bool(message.get("refusal") or parts["refusal"]) or word == "refusal"
+    return Reply(replace_surrogates(text), finish, refused, replace_surrogates(thoughts).strip())
 
 
-def _split(text: str, separated: bool) -> tuple[str, str]:
-    """Split the thoughts at the start of a text from the rest; without an end, all of it are thoughts.
+def _finish_word(reason: Any) -> str:
+    return reason.strip().lower().removeprefix("finish_reason_") if isinstance(reason, str) else ""
 
-    An end without a beginning counts too, unless the server has `separated` the thoughts already.
+
+def _sort_parts(content: Any) -> defaultdict[str, list[str]]:
+    """Return the texts of content by the kinds of _PARTS, and as "other" what is neither."""
+    texts = defaultdict[str, list[str]](list)
+    for part in content if isinstance(content, list) else [content]:
+        fields = {"type": "text", "text": part} if isinstance(part, str) else part if isinstance(part, dict) else {}
+        name = fields.get("type")
+        kind = _PARTS.get(name if isinstance(name, str) else "", "ignored" if part is None else "other")
+        inner = next((fields[key] for key in ("thinking", "reasoning", "text") if fields.get(key)), "")
+        if isinstance(inner, list):  # of text parts, as Mistral sends thoughts
+            inner = "".join(str(each.get("text")) for each in inner if isinstance(each, dict))
+        texts[kind if isinstance(inner, str) else "other"].append(inner)
+    return texts
+
+
+def _split(text: str, *, cut: bool) -> tuple[str, str]:
+    """Split the thoughts at the start of a text, which may be cut in them, from the rest.
+
+    A chat template may have written the beginning of thoughts: their end alone counts if it is a line of its own.
     """
-    thoughts, rest = "", text
+    if match := _GRANITE.match(text):
+        return match[1], _answer(text[match.end() :])
     if _HARMONY.match(text):
-        thoughts, *finals = _FINAL.split(text)
-        rest = finals[-1] if finals else ""
-    elif match := _GRANITE.match(text):
-        thoughts, rest = match[1], text[match.end() :]
-    while True:
-        for begin, ends in _ENDS.items():
-            begins = rest.lstrip().startswith(begin)
-            end = ends.search(rest) if _THOUGHTS[begin] in rest else None  # a regular expression is slow
-            if begins or (end and not separated and begin not in rest[: end.start()]):
-                thoughts += (rest[: end.start()] if end else rest).replace(begin, "", begins)
-                rest = rest[end.end() :] if end else ""
+        thoughts, final, *_ = [*_FINAL.split(text, 1), ""]
+        last = next((mark for mark in ("<|return|>", "<|end|>") if final.rstrip().endswith(mark)), "")
+        return thoughts, _answer(final.rstrip().removesuffix(last).rstrip() if last else final)
+    inner, position, borders = [], 0, True
+    line = next((line for line in _LINE.finditer(text) if line[1]), None)
+    if line and not ((mark := _MARK.match(text)) and mark[1]):
+        inner, position = [text[: line.start()]], line.end()
+    while (mark := _MARK.match(text, position)) and (mark[1] or position):
+        start = position = mark.end()
+        if begin := mark[1]:
+            border = _BORDERED[begin].search(text, start) if borders else None
+            borders = border is not None  # else a later search would find none either, and take long
+            end = border.start() if border else text.find(_THOUGHTS[begin], start)
+            if end < 0 and (cut or text[start : start + 1] in ("", "\r", "\n")):
+                end = len(text)
+            if end < 0:
+                position = mark.start()
                 break
-        else:
-            return thoughts, _BORDERS.sub("", rest) if len(rest) < len(text) else text
+            inner.append(text[start:end])
+            position = end + len(_THOUGHTS[begin])
+    return "".join(inner), _answer(text[position:]) if position else text
+
+
+def _answer(text: str) -> str:
+    """Return the text after thoughts without blank lines before it, and without tags around all of it."""
+    wrapped = _WRAPPED.match(text)
+    return _BLANK.sub("", wrapped[2].rstrip() if wrapped else text, count=1)
 
 
 def open_thoughts(prompt: str) -> str:
-    """Return the mark with which a prompt begins the thoughts of the reply, if it does."""
-    return next((begin for begin in _THOUGHTS if prompt.rstrip().endswith(begin)), "")
+    """Return the beginning of thoughts, as a line, with which a prompt begins the reply, if it does."""
+    return next((f"{begin}\n" for begin in _THOUGHTS if prompt.rstrip().endswith(begin)), "")
 
 
 def usage_of(body: Any) -> tuple[int, int]:
-    """Return the tokens of prompt and completion that a response reports, 0 if it reports none or nonsense."""
+    """Return the tokens of prompt and completion, with its thoughts; 0 if a response reports none or nonsense."""
     usage = body.get("usage") if isinstance(body, dict) else None
-    counts = [usage.get(f"{part}_tokens") if isinstance(usage, dict) else 0 for part in ("prompt", "completion")]
-    prompt, completion = (int(count) if isinstance(count, (int, float)) and 0 < count < 1e8 else 0 for count in counts)
-    return prompt, completion
+    details = usage.get("completion_tokens_details") if isinstance(usage, dict) else None
+    given = [
+        *(details if isinstance(details, dict) else {}).items(),
+        *(usage if isinstance(usage, dict) else {}).items(),
+    ]
+    counts = Counter({name: int(n) for name, n in given if isinstance(n, (int, float)) and 0 < n < 1e8})
+    prompt = counts["prompt_tokens"] or counts["input_tokens"]
+    completion = counts["completion_tokens"] or counts["output_tokens"]
+    if counts["reasoning_tokens"] > completion:  # some servers count thoughts apart
+        completion += counts["reasoning_tokens"]
+    return prompt, max(completion, counts["total_tokens"] - prompt if prompt else 0)

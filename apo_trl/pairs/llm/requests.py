@@ -59,17 +59,14 @@ Send = Callable[[list[Request]], Awaitable[Mapping[str, Any]]]
 
 
 class Requester:
-    """Gets completions for the rows, from the cache or by `send`; `thoughts` counts by role those with thoughts.
+    """Gets completions for the rows, from the cache or by `send`; `thoughts` counts by role those with thoughts."""
 
-    Calls `stop` with a message if the first `max_failures` replies of a role, or rows, are dropped for one reason.
-    """
-
-    def __init__(
-        self, settings: Settings, store: ResponseCache, send: Send, stop: Callable[[str], object] = lambda message: None
-    ) -> None:
-        self._seed, self._store, self._send, self._stop = settings.seed, store, send, stop
+    def __init__(self, settings: Settings, store: ResponseCache, send: Send) -> None:
+        self._seed, self._store, self._send = settings.seed, store, send
         self._in_flight: dict[str, asyncio.Future[None]] = {}
-        self._ends: defaultdict[Role | None, Counter[str]] = defaultdict(Counter)
+        self._usable: set[Role] = set()  # a reply of theirs was used
+        self._open: defaultdict[str, dict[Role, tuple[str, str]]] = defaultdict(dict)  # drops in rows that go on
+        self._drops: defaultdict[Role, list[tuple[str, str]]] = defaultdict(list)  # in the first rows that ended
         self._max_failures, self._by_url = settings.max_failures, settings.cache_by_url
         self.thoughts = Counter[str]()
 
@@ -93,29 +90,41 @@ class Requester:
                 done.set_result(None)
                 for request in missing:
                     del self._in_flight[request.key]
-        limit = role.max_tokens or role.extra_body.get("max_completion_tokens")
-        replies = [read_reply(bodies[request.key], limit) for request in requests]
+        replies = [read_reply(bodies[request.key], role.limit) for request in requests]
         self.thoughts.update(role.name for reply in replies if reply.thoughts)
         return replies
 
-    def ended(self, role: Role | None, reason: str = "", detail: str = "") -> Dropped:
-        """Count a reply of a role, or a row, as used or as dropped for a reason; return the exception to raise then."""
-        ends = self._ends[role]
-        ends[reason] += 1
-        if reason and (count := ends.total()) == ends[reason] == self._max_failures:
-            whose = f"{role.name}_model: the first {count} replies" if role else f"prompts: the first {count} rows"
-            setting = reason.replace("_truncated", "_max_tokens")
-            remedy = (
-                "Change the model or its settings" if setting == reason else f"Raise {setting}, or turn thinking off"
-            )
-            why = f"{reason} ({detail})" if detail else reason
-            self._stop(f"{whose} were all dropped as {why}. {remedy}; raise max_failures to go on.")
+    def ended(self, role: Role, row: str, reason: str = "", detail: str = "") -> Dropped:
+        """Note that a reply was used for a row, or dropped for a reason; return the exception to raise then."""
+        if reason:
+            self._open[row].setdefault(role, (reason, detail))
+        else:
+            self._usable.add(role)
         return Dropped(reason, detail)
 
-    def fault(self, role: Role, reply: Reply) -> Dropped | None:
-        """Count a reply that is empty or not complete, and return the exception to raise."""
+    def fault(self, role: Role, row: str, reply: Reply) -> Dropped | None:
+        """Note a reply that is empty or not complete, and return the exception to raise."""
         detail = "" if reply.finish == "stop" else f"finish_reason {reply.finish}"
-        return self.ended(role, f"{role.name}_{reply.fault}", detail) if reply.fault else None
+        return self.ended(role, row, f"{role.name}_{reply.fault}", detail) if reply.fault else None
+
+    def row_ended(self, row: str) -> None:
+        """Count a row for each role that had a reply dropped."""
+        for role, drop in self._open.pop(row, {}).items():
+            if len(self._drops[role]) < self._max_failures:
+                self._drops[role].append(drop)
+
+    def unusable(self) -> str:
+        """Return a message if all replies of a role to the first `max_failures` rows were dropped for one reason."""
+        for role in self._drops.keys() - self._usable:
+            (reason, detail), *others = self._drops[role]
+            if len(others) + 1 < self._max_failures or any(other != reason for other, _ in others):
+                continue
+            setting = reason.replace("_truncated", "_max_tokens")
+            remedy = "Change the model or its settings" if setting == reason else f"Raise {setting}, turn thinking off"
+            why = f"{reason} ({detail.rstrip('.')})" if detail else reason
+            rows = f"{role.name}_model: the replies to the first {self._max_failures} rows"
+            return f"{rows} were all dropped as {why}. {remedy}, or raise max_failures."
+        return ""
 
     def _request(
         self, role: Role, step: str, messages: list[dict[str, Any]], row: str, sample: int, template: str

@@ -31,6 +31,8 @@ CREATE TABLE IF NOT EXISTS rows (
     position INTEGER PRIMARY KEY, id TEXT, reason TEXT, detail TEXT, pair TEXT, notes TEXT
 );
 """
+_DAMAGED = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError,
+            sqlite3.InterfaceError, sqlite3.ProgrammingError)  # fmt: skip
 _ADD = f"INSERT OR IGNORE INTO replies VALUES (?{',?' * 11})"
 
 
@@ -80,7 +82,7 @@ class ResponseCache(contextlib.ExitStack):
             self._base.execute(statement, values)
         except (sqlite3.OperationalError, OSError) as error:  # a full disk, for example; what is stored is safe
             self._failed = True  # SQLite may have ended the transaction: the next run replays it
-            raise InputError(f"output_dir: {self.path} cannot be written ({error}). Run it again.") from error
+            raise InputError(f"output_dir: {self.path} cannot be written ({error}). Free space, and rerun.") from error
 
     def commit(self) -> None:
         """End the transaction that the first write began."""
@@ -99,8 +101,10 @@ class ResponseCache(contextlib.ExitStack):
         self._base.execute("BEGIN")
         if _pending(path).exists():
             for line in _pending(path).read_bytes().splitlines():
-                with contextlib.suppress(ValueError):  # the last line may be cut off
-                    self._base.execute(_ADD, json.loads(line))
+                with contextlib.suppress(*_DAMAGED):  # the last line may be cut off
+                    values = json.loads(line)
+                    json.loads(values[6])  # the body
+                    self._base.execute(_ADD, values)
         self.commit()
 
     def _json(self, statement: str, key: str) -> Any:

@@ -35,7 +35,7 @@ class Servers:
             role.base_url or role: asyncio.Semaphore(settings.concurrency if role.base_url else 2 * role.batch_size)
             for role in settings.roles
         }
-        self.requester = Requester(settings, store, self.send, self.limits.give_up)
+        self.requester = Requester(settings, store, self.send)
         self._backends: dict[Any, Any] = {}
         self._probes: dict[Role, asyncio.Task[Features]] = {}
 
@@ -55,6 +55,8 @@ class Servers:
         role = requests[0].role
         if self._settings.max_requests == 0:
             raise Dropped("not_answered")
+        if message := self.requester.unusable():
+            raise self.limits.give_up(message)
         if role not in self._probes:
             self._probes[role] = asyncio.create_task(self._probe(role))
         features = await asyncio.shield(self._probes[role])
@@ -150,7 +152,7 @@ class Servers:
             )
         # Without finish reasons the usage shows whether a reply is complete, and that of several replies is one sum.
         several = len(choices_of(first)) == 2 and bool(choices_of(first)[0].get("finish_reason"))
-        works = {"n": several, "seed": read_reply(first) == read_reply(second)}
+        works = {"n": several, "seed": any(read_reply(first)[::3]) and read_reply(first) == read_reply(second)}
         features: Features = {name: works[name] if name in sent else None for name in works}
         self._keep(probe, features, counted=False)
         self._say(f"{role.name} {role.public_model}: {_describe(features)}.")
