@@ -54,7 +54,7 @@ RESULTS = {
         Path("runs/compare/compare.json"),
     ],
     "evidence.md": ["docs/evidence.py"],
-    "performance.md": [None, None, None, Path("gpu.json")],
+    "performance.md": [None, None, None, None, Path("gpu.json")],
     "memory.md": ["of 24"],
     "migrating.md": ["'rl_beta'", Path("out/model.safetensors"), Path("out/model.safetensors")],
 }  # fmt: skip
