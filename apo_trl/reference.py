@@ -43,7 +43,10 @@ def check_models(model: Any, peft_config: Any, ref_model: Any, precomputed: bool
         raise adapter_as_model("model", model)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise adapter_as_model("model", model.config.name_or_path)
-    adapters = [peft_config] if peft_config else getattr(model, "peft_config", {}).values()
+    adapters = [peft_config] if peft_config else list(getattr(model, "peft_config", {}).values())
+    if not (isinstance(model, str) or adapters or ref_model or precomputed or model.config.name_or_path):
+        fault = "required, because the model is from no folder or hub name, from which TRL loads its start again"
+        raise InputError(f"ref_model: {fault}. Pass a copy of the model.")
     change = next(filter(None, map(base_change, adapters)), "")
     if change and ref_model is None and not (precomputed and change.startswith("bias")):  # it trains only later
         raise InputError(

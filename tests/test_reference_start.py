@@ -248,3 +248,9 @@ def test_tf32_is_known_through_both_interfaces(train):
         assert curve(train(peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), steps=1))
     finally:
         torch.backends.cuda.matmul.fp32_precision = precision
+
+
+def test_a_model_without_a_folder_needs_a_reference(train):
+    with pytest.raises(InputError, match="ref_model: required"):
+        train(model=make_model(), processing_class=make_tokenizer(), run=False)
+    assert curve(train(model=make_model(), ref_model=make_model(), processing_class=make_tokenizer(), steps=1)) == [1.0]

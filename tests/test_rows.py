@@ -209,6 +209,12 @@ def test_every_source_and_every_reader_sees_the_same_tokens(data, tokenizer, tra
         assert [[row[column] for column in columns] for row in trainer.train_dataset] == expected, name
 
 
+@pytest.mark.parametrize("name", ["rows.JSONL", "rows.ndjson"])
+def test_other_endings_of_json(name, tmp_path):
+    path = write(tmp_path / name, [PAIR] * 2)
+    assert [dict(row) for row in load_dataset_splits(path)["train"]] == list(read_pairs(path)) == [PAIR] * 2
+
+
 def test_jsonl_keeps_the_order_and_the_numbers_of_tool_calls(tokenizer, tmp_path):
     data = [PAIR | {"chosen": [calls(a=1, b=1)]}, PAIR | {"chosen": [calls(b=1.5, a="2024-01-05T10:00:00Z")]}]
     path = write(tmp_path / "rows.jsonl", data)

@@ -17,13 +17,13 @@ from apo_trl.io.rows import ROW_COLUMNS, normalise_row, row_form
 __all__ = ["file_builder", "is_local", "load_dataset", "load_dataset_splits", "loading_errors", "open_text"]
 __all__ += ["read_pairs", "read_rows", "valid_rows"]
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 
 
 def file_builder(path: str) -> str | None:
     """Return the builder of `datasets` for a data file, "json" or "parquet", or None for any other name or folder."""
-    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in _COMPRESSED]
+    suffixes = [suffix for suffix in Path(path.lower()).suffixes if suffix not in _COMPRESSED]
     return None if Path(path).is_dir() or not suffixes else _BUILDERS.get(suffixes[-1])
 
 
