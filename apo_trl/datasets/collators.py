@@ -39,7 +39,6 @@ def render_images(row: dict[str, Any], name: str, processor: Any) -> None:
 
     if not hasattr(processor, "image_processor"):
         raise InputError(f"The {name} dataset has images, and the model reads text only. Remove the column.")
-
     try:
         RowCollator(DataCollatorForVisionPreference(processor), vision=True)([row])
     except Exception as error:  # a processor and its template may raise what they like

@@ -26,12 +26,12 @@ def check_settings(config: Any) -> None:
         )
 
 
-def check_first_row(dataset: Any, name: str, needs_wins: bool) -> dict[str, Any]:
-    """Return the first row of a stream in its normal form, or raise InputError if it is invalid, or there is none."""
+def check_first_row(dataset: Any, name: str, needs_wins: bool) -> None:
+    """Raise InputError if the first row of a stream is invalid or missing."""
     first = next(iter(dataset), None)
     if first is None:
         raise InputError(f"The {name} stream has no rows. Use one with at least one pair.")
-    return _normalise(first, 0, name=name, needs_wins=needs_wins)
+    _normalise(first, 0, name=name, needs_wins=needs_wins)
 
 
 def normalise_stream(dataset: Any, name: str, needs_wins: bool, processor: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The one reading of a preference row: its normal form, what makes it invalid, and which pairs teach nothing.
+"""Read a preference row: its normal form, what makes it invalid, and which pairs are degenerate.
 
 Training, statistics, evaluation and the data side all read a row as `normalise_row` returns it, so they see the same
 tokens. A degenerate pair is valid, teaches nothing, and is dropped and counted. No torch here.
@@ -66,9 +66,8 @@ def normalise_row(
         from apo_trl.io.prompt import split_prompt
 
         prompt, chosen, rejected = split_prompt(row, prompt, chosen, rejected, vision)
-    empty: Any = (
-        "" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}]
-    )  # TRL reads its first message
+    # TRL reads the first message of an answer, so an empty list becomes an empty message.
+    empty: Any = "" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}]
     normal = {**row, "prompt": prompt, "chosen": chosen or empty, "rejected": rejected or empty}
     if needs_wins or vision or "tools" in row or "chat_template_kwargs" in row:
         from apo_trl.io.columns import normalise_columns
