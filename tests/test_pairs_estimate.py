@@ -157,8 +157,10 @@ def test_tokens_and_costs_without_replies_are_the_most_they_can_be(recipe):
     found = dry(settings)
     # "What is 0?" has 10 characters: 2 tokens and 4 for the message.
     assert found["policy"] == {
-        "requests": 4, "prompt_tokens": 24, "completion_tokens": 400, "cost": pytest.approx((24 + 4000) / 1e6)
+        "requests": 4, "prompt_tokens": 24, "completion_tokens": 400, "repairs": 0,
+        "cost": pytest.approx((24 + 4000) / 1e6),
     }  # fmt: skip
+    assert found["reviser"]["repairs"] == 4  # each reply may be malformed once
     assert found["reviser"]["completion_tokens"] == 4 * 1024
     assert found["reviser"]["prompt_tokens"] > 4 * 100  # the answers are shown to it
     assert found["reviser"]["cost"] == pytest.approx(4 * 1024 * 100 / 1e6)

@@ -21,6 +21,13 @@ PAIRS = {
     "quixbugs_python": 40,
     "truthfulqa_best_vs_incorrect": 3298,
 }
+LIMITED = {"gsm8k_model_solutions": 31}  # solutions by two models of one problem, all of 200 characters or more
+
+
+def read(name: str) -> list[dict]:
+    with gzip.open(DATA / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
 
 TASK = "What makes the sky blue?"
 ENGLISH = (
@@ -118,7 +125,7 @@ CASES = {
 
 @pytest.mark.parametrize(("original", "revision", "task", "name"), CASES.values(), ids=CASES)
 def test_names_the_rule(original, revision, task, name):
-    assert fault(original, revision, task) == name
+    assert fault(original, revision, task, max_edit_distance=1) == name
 
 
 def test_every_rule_is_explained_and_tried():
@@ -130,17 +137,29 @@ def test_every_rule_is_explained_and_tried():
 @pytest.mark.parametrize(
     ("original", "revision", "limits", "name"),
     [
-        ("a" * 100, "a" * 250, {}, None),
-        ("a" * 100, "a" * 251, {}, "length_ratio"),
-        ("a" * 251, "a" * 100, {}, "length_ratio"),
-        ("a" * 251, "a" * 100, {"max_length_ratio": 3}, None),
+        ("a" * 100, "a" * 340, {}, None),  # 2.5 times as long and 90 characters more
+        ("a" * 100, "a" * 341, {}, "length_ratio"),
+        ("a" * 341, "a" * 100, {}, "length_ratio"),
+        ("a" * 341, "a" * 100, {"max_length_ratio": 3}, None),
+        ("a" * 100, "a" * 251, {"length_slack": 0}, "length_ratio"),
         ("", "a" * 300, {}, "length_ratio"),
-        ("a" * 10, "b" * 199, {}, None),  # both shorter than the slack
-        ("a" * 10, "b" * 200, {}, "length_ratio"),
-        ("a" * 10, "b" * 11, {"slack": 0}, "too_far"),
-        ("a" * 200, "b" * 170 + "a" * 30, {}, None),  # exactly 0.85
-        ("a" * 200, "b" * 171 + "a" * 29, {}, "too_far"),
-        ("a" * 200, "b" * 171 + "a" * 29, {"max_edit_distance": 1}, None),
+        ("a" * 10, "b" * 11, {}, None),
+        ("a" * 10, "b" * 11, {"distance_slack": 0}, "too_far"),
+        ("a" * 200, "b" * 182 + "a" * 18, {}, None),  # 0.85 of 200, and 12 characters more
+        ("a" * 200, "b" * 183 + "a" * 17, {}, "too_far"),
+        ("a" * 200, "b" * 183 + "a" * 17, {"max_edit_distance": 1}, None),
+        ("a" * 200, "b" * 173 + "a" * 26, {}, None),  # shorter: 4 characters more
+        ("a" * 200, "b" * 174 + "a" * 25, {}, "too_far"),
+        ("The capital is Paris.", "Paris.", {}, None),
+        ("Paris.", "The capital is Paris.", {}, None),
+        (
+            "Euros",
+            "In Norway one pays in crowns, and in Germany, as in most of its neighbours, one pays in Euros",
+            {},
+            None,
+        ),
+        ("The capital of France is Paris, a city of two million people.", "and", {}, "too_far"),
+        ("The capital of France is Paris. " * 6, "and", {}, "length_ratio"),
     ],
 )
 def test_limits(original, revision, limits, name):
@@ -216,8 +235,7 @@ def test_languages_are_loaded_only_for_a_question():
 @pytest.mark.parametrize("name", PAIRS)
 def test_real_pairs_raise_no_false_alarm(name):
     """All these are English, none refuses or loses code; what the limits drop is theirs to drop."""
-    with gzip.open(DATA / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    rows = read(name)
     assert len(rows) == PAIRS[name]
     found = [
         revision_reason(*(row[side][-1]["content"] for side in ("prompt", "rejected", "chosen")), RevisionLimits())
@@ -226,3 +244,12 @@ def test_real_pairs_raise_no_false_alarm(name):
     # They do: "this enhanced code", "in this corrected solution", "with the corrected approach".
     assert found.count("mentions_revision") == (3 if name == "clair_gpt4_revisions" else 0)
     assert set(found) <= {None, "mentions_revision", "too_far", "length_ratio"}
+    assert found.count("length_ratio") + found.count("too_far") == LIMITED.get(name, 0)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="APO_TRL_DATA names no folder of real preference pairs")
+def test_an_answer_of_one_word_is_a_revision_of_few_real_answers():
+    answers = [row["rejected"][-1]["content"] for name in PAIRS for row in read(name)]
+    answers = [text for text in answers if len(text) >= 100]
+    assert len(answers) > 2000
+    assert {fault(text, word) for text in answers for word in ("and", "The answer.")} <= set(REVISION_REASONS)

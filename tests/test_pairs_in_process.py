@@ -380,7 +380,7 @@ class TestMemory:
 
 class TestLoading:
     def test_nothing_there(self, tmp_path):
-        with pytest.raises(InputError, match=r"model: .*nowhere cannot be loaded, .* Check the name"):
+        with pytest.raises(InputError, match=r"model: folder not found, got .*nowhere'"):
             Generator(str(tmp_path / "nowhere"))
 
     @pytest.mark.parametrize(

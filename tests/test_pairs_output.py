@@ -16,9 +16,10 @@ from apo_trl.pairs.config.settings import make_settings
 from apo_trl.pairs.llm.response_cache import ResponseCache
 from apo_trl.pairs.output import parquet
 from apo_trl.pairs.output import writer as output
-from apo_trl.pairs.output.card import REASONS, card
+from apo_trl.pairs.output.card import card
 from apo_trl.pairs.output.writer import write
 from apo_trl.pairs.text.filters import REVISION_REASONS
+from apo_trl.pairs.text.reasons import REASONS
 
 URL = "http://secret-host.example.org:8123/v1"
 ODD = [
@@ -240,7 +241,7 @@ def reasons_of_the_source() -> set[str]:
                 found |= strings(node.args[2 * (name == "ended")])
             if isinstance(node, ast.keyword) and node.arg == "reason" and isinstance(node.value, ast.Constant):
                 found.add(node.value.value)
-    assert calls == 17, "a place that drops rows was added or removed: check that REASONS has its reason"
+    assert calls == 20, "a place that drops rows was added or removed: check that REASONS has its reason"
     return found - {""}
 
 
@@ -256,17 +257,17 @@ def test_every_reason_has_an_explanation():
     found = reasons_of_the_source()
     computed = {name for name in found if "<" in name or "*" in name}
     assert computed == {
-        "*_*", "*_error",  # of the roles
+        "*_*", "*_error", "*_failed",  # of the roles
         "<reason>",  # REVISION_REASONS
         "<record.reason or 'bad_row'>", "<max(NO_WIN, key=outcomes.count)>",
     }  # fmt: skip
-    for role in ("policy", "reviser", "stronger"):
+    for role in ("policy", "reviser", "stronger", "judge"):
         found |= {f"{role}_{end}" for end in ("truncated", "filtered", "unfinished", "empty", "error")}
-    found |= {*REVISION_REASONS, "judge_error", "bad_row", "duplicate_prompt", "duplicate_id", "not_asked"}
+    found |= {*REVISION_REASONS, "reviser_failed", "bad_row", "duplicate_prompt", "duplicate_id", "not_asked"}
     found |= {"tie", "disagreement", "judge_invalid"}
     found |= {"prompt_fills_max_length", "identical_after_truncation", "template_fails"}
     assert found - computed == set(REASONS)
-    assert len(REASONS) == 39
+    assert len(REASONS) == 45
 
 
 def test_the_card_explains_every_reason_and_the_numbers_add_up(finish):
@@ -278,7 +279,7 @@ def test_the_card_explains_every_reason_and_the_numbers_add_up(finish):
     assert report["dropped"] == dict.fromkeys(REASONS, 5)
     assert {name: len(found) for name, found in report["examples"].items()} == dict.fromkeys(REASONS, 3)
     table = [line for line in (result.folder / "README.md").read_text().splitlines() if line.startswith("| ")]
-    for reason, why in REASONS.items():
+    for reason, (why, _) in REASONS.items():
         (line,) = [line for line in table if line.startswith(f"| {reason} |")]
         assert line.count("|") == 5
         assert [cell.strip() for cell in line.split("|")[2:4]] == ["5", why]

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from apo_trl.pairs.judging import parse_score, parse_verdict
 from apo_trl.pairs.text.revisions import Malformed, Revision, parse_revision
-from apo_trl.pairs.text.templates import suffix_for
+from apo_trl.pairs.text.templates import load_template, suffix_for
 
 DATA = Path(os.environ.get("APO_TRL_DATA", "/nowhere"))
 HERE, WHY, WORSE = "{corrected_student_solution}", "{teacher_reasoning}", "{worsened_student_solution}"
+TASK = [{"role": "user", "content": "Why?"}]
+ASKED = load_template("revise").ask(TASK, answer="4")
 
 ANSWERS = {
     # the authors' headings
@@ -55,6 +57,10 @@ ANSWERS = {
     "tags beside indented code": ("<revision>    x = 1\n    y = 2</revision>", "    x = 1\n    y = 2"),
     "tags and a heading": (f"{HERE}: 3\n<revision>4</revision>", "4"),
     "tags, nothing in them": ("<revision>\n\n</revision>", ""),
+    "tags, named both before": ("I write between <revision> and </revision>.\n<revision>4</revision>", "4"),
+    "tags, a conjunction": ("<reasoning>It joins.</reasoning>\n<revision>and</revision>", "and"),
+    "tags, a conjunction on its line": ("The word is:\n<revision>\nand\n</revision>\nThat is all.", "and"),
+    "tags, named below a heading": (f"{HERE}:\nNot <revision> and </revision>.", "Not <revision> and </revision>."),
     "tags, rule and remark within": ("<revision>\n4\n\n---\nSo be it.\n</revision>", "4\n\n---\nSo be it."),
 }  # fmt: skip
 
@@ -81,6 +87,14 @@ NO_ANSWERS = {
     "closed twice": ("<revision>\na </revision> b\n</revision>", "more often"),
     "other tag": ("<revision-2>4</revision-2>", "no revised answer"),
     "in the reasoning only": ("<reasoning>Not <revision>5</revision>.</reasoning>\n4", "inside its reasoning"),
+    "named only, both": ("I put it between <revision> and </revision>: Paris.", "no revised answer"),
+    "named only, other tags": ("No <revision> or </revision>:\n<answer>\nParis.\n</answer>", "no revised answer"),
+    "named only, at the start of a line": ("`<revision>`/`</revision>` it is: Paris.", "no revised answer"),
+    "echo of the request": ("\n".join(part["content"] for part in ASKED.messages), "repeats the instructions"),
+    "echo of the repair request": (
+        load_template("revise").ask_again(TASK, ASKED, "x", "it is odd.", answer="4").messages[-1]["content"],
+        "no revised answer",
+    ),
     "in the thoughts only": ("<think>Not <revision>5</revision>.</think>\n4", "no revised answer"),
 }  # fmt: skip
 

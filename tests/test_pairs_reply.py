@@ -26,8 +26,8 @@ from apo_trl.pairs.llm.reply import choices_of, open_thoughts, read_reply, usage
 from apo_trl.pairs.llm.requests import RequestFailed
 from apo_trl.pairs.llm.response_cache import ResponseCache
 from apo_trl.pairs.llm.servers import Servers
-from apo_trl.pairs.output.card import REASONS
 from apo_trl.pairs.prompts import PromptSource
+from apo_trl.pairs.text.reasons import REASONS
 from apo_trl.pairs.text.revisions import Malformed, parse_revision
 
 THOUGHT = "Thinking of [[B]], [[1]], I'm sorry, but I can't help, <revision>no</revision>."

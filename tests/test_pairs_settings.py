@@ -104,6 +104,13 @@ WRONG = [
     ("reviser_template", "no/such.jinja", "file not found"),
     ("policy_template", "no/such.jinja", "Did you mean"),
     ("reviser_system_prompt", "Be good.", "unknown key"),
+    ("policy_base_url", "", "empty. Set null .*in this process"),
+    ("policy_base_url", " ", "empty. Set null"),
+    ("reviser_base_url", "127.0.0.1:8000/v1", "must start with http://.*null"),
+    ("reviser_base_url", "localhost", "must start with http://"),
+    ("reviser_base_url", "http://127.0.0.1:8000/v1/chat/completions", "must end before /chat/completions"),
+    ("reviser_base_url", "http://127.0.0.1:8000/v1/completions/", "must end before /chat/completions"),
+    ("reviser_base_url", "http://host/v1?a=b", "invalid URL.*without a query"),
     ("policy_model", ["a", "b"], "off_policy_judge"),
     ("policy_base_url", [URL, URL], "2 values for 1 models"),
     ("polcy_model", "x", "Did you mean 'policy_model'"),
@@ -220,6 +227,8 @@ def test_an_invalid_share_is_refused(text):
 def test_null_leaves_out_what_a_server_refuses_and_text_is_read_as_yaml_is():
     made = make_settings(BASE | {"policy_temperature": "null", "policy_max_tokens": None, "policy_extra_body": None})
     assert (made.policy[0].temperature, made.policy[0].max_tokens, made.policy[0].extra_body) == (None, None, {})
+    for word in (None, "null", "none", "None", "NULL", " none "):
+        assert make_settings(BASE | {"policy_base_url": word}).policy[0].base_url is None
     made = make_settings(BASE | {"seed": str(2**53 + 1), "policy_top_p": "0.5", "reviser_model": "4"})
     assert (made.seed, made.policy[0].top_p, made.reviser.model) == (2**53 + 1, 0.5, "4")
 
@@ -241,7 +250,7 @@ def test_every_key_has_a_flag_that_lands_in_settings(tmp_path):
     template = tmp_path / "t.jinja"
     template.write_text("x")
     keys = known_keys()
-    assert len(keys) == 21 + 4 * 18 - 4
+    assert len(keys) == 22 + 4 * 19 - 7
     seen = 0
     needed = {f"{role}_{name}": value for role in ROLES for name, value in (("model", "m"), ("base_url", URL))}
     for key, entry in keys.items():
@@ -254,6 +263,7 @@ def test_every_key_has_a_flag_that_lands_in_settings(tmp_path):
             text = value = str(template)
         base = BASE | needed | {"tokenizer": "t", "policy_input_price": 1}
         base |= {"method": "stronger_preferred"} if key.startswith("stronger_") else {"method": "judge_then_clair"}
+        base |= {"reviser_model": None, "reviser_base_url": None} if key == "reviser_function" else {}
         given = flags(f"--{key}", text)
         assert set(given) == {key}
         made = make_settings(base | given, environment=False)
@@ -268,7 +278,7 @@ def test_every_key_has_a_flag_that_lands_in_settings(tmp_path):
         told = make_settings(base | {key: yaml.safe_load(json.dumps(value))}, environment=False)
         assert told.described() == made.described()
         seen += 1
-    assert seen == 89
+    assert seen == 91
 
 
 def test_flags_win_over_the_file(tmp_path):
@@ -301,8 +311,9 @@ def test_the_help_shows_defaults_that_are_zero(capsys):
     parser = argparse.ArgumentParser(prog="x")
     add_arguments(parser)
     text = " ".join(parser.format_help().split())
-    for words in ("of sampling (default: 0)", "--judge_temperature FLOAT null leaves it out (default: 0)",
-                  "--policy_temperature FLOAT null leaves it out (default: 1)", "(default: pairwise)"):  # fmt: skip
+    for words in ("of sampling (default: 0)", "--ROLE_temperature FLOAT of sampling; null leaves it out (default: 0.7, "
+                  "policy 1, judge 0)", "--ROLE_timeout FLOAT seconds for one try (default: 600)",
+                  "(default: pairwise)"):  # fmt: skip
         assert words in text
 
 

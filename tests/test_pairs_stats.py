@@ -460,7 +460,7 @@ def test_every_form_gets_a_prompt(form, tmp_path):
     [
         (
             '{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p", "chosen": "a"}',
-            "Row 2 .* has no 'rejected'",
+            "Row 2 .* has no column 'rejected'",
         ),
         ('{"chosen": ["a"], "rejected": "b"}', "Row 1 .* has a list of str as 'chosen'"),
         ('{"prompt": "p", "chosen": "a", "rejected": "b"}\n\n{"prompt":', "Line 3 of .* is not JSON"),
@@ -625,7 +625,7 @@ def test_a_bad_eval_set_is_named(name, content, complaint, tmp_path):
 
 
 def test_an_eval_set_that_is_not_there():
-    with pytest.raises(InputError, match=r"eval_sets: nowhere\.jsonl: file not found"):
+    with pytest.raises(InputError, match=r"eval_sets: file nowhere\.jsonl not found"):
         EvalSets(["nowhere.jsonl"])
 
 

@@ -1,6 +1,7 @@
 """The commands `apo-trl pairs ...`."""
 
 import json as jsonlib
+import shlex
 import sys
 from typing import Any
 
@@ -11,20 +12,28 @@ from apo_trl.pairs.config.settings import add_arguments, parse
 
 def add(commands: Any) -> None:
     pairs = add_command(commands, "pairs", None, "build preference pairs, and measure them", "stats apo_trl/demo/pairs")
-    actions = pairs.add_subparsers(metavar="ACTION", required=True)
-    for name, run, files, help, example in (
-        ("build", build, "", "build the pairs of a recipe, or resume", " --max_prompts 4"),
-        ("export-batch", export_batch, "", "write the requests to batch files instead of sending them", ""),
-        ("import-batch", import_batch, "FILE ... ", "read the responses of batch files, for `build`", " output.jsonl"),
+    actions = pairs.add_subparsers(title="actions", metavar="ACTION", required=True)
+    built = "prompts, and replies of models", "pairs.jsonl, pairs.parquet, README.md and the reply cache to output_dir"
+    exported = "prompts, and cached replies", "requests to output_dir/batch"
+    imported = "the output files of a batch", "their replies to the cache in output_dir"
+    for name, run, help, example, files in (
+        ("build", build, "build the pairs of a recipe, or resume", "--max_prompts 16", built),
+        ("export-batch", export_batch, "write the due requests to batch files, not to servers", "", exported),
+        ("import-batch", import_batch, "read the responses of batch files, for `build`", "output.jsonl", imported),
     ):
-        usage = f"%(prog)s RECIPE {files}[--key value ...]"
-        action = add_command(actions, name, run, help, f"pairs/clair_local{example}", usage=usage)
+        usage = f"%(prog)s RECIPE {'FILE ... ' * (run is import_batch)}[--key value ...]"
+        action = add_command(actions, name, run, help, f"pairs/clair_local {example}", *files, usage=usage)
         action.add_argument("recipe", metavar="RECIPE", help="a YAML file or the name of a recipe")
-        if files:
+        if run is import_batch:
             action.add_argument("files", metavar="FILE", nargs="+", help="an output file of the batch")
         add_arguments(action)
+    help, files = "show why rows were dropped, and raw replies", ("the folder of `build`", "nothing; prints text")
+    action = add_command(actions, "show", show, help, "runs/pairs/clair_local --reason kept", *files)
+    action.add_argument("folder", metavar="FOLDER", help="the output_dir of `build`, or its report.json")
+    action.add_argument("--reason", metavar="NAME", help="show rows that were dropped for it, or `kept` ones")
+    action.add_argument("--limit", type=positive_int, metavar="N", default=5, help="maximum number of rows")
     help = "measure how contrastive the pairs of a preference dataset are"
-    action = add_command(actions, "stats", stats, help, "apo_trl/demo/pairs --json")
+    action = add_command(actions, "stats", stats, help, "apo_trl/demo/pairs", "a dataset", "nothing; prints a table")
     action.add_argument("dataset", metavar="FILE", help="a .jsonl, .json or .parquet file, a folder or a hub name")
     action.add_argument("--tokenizer", metavar="MODEL", help="measure in tokens of this model")
     action.add_argument("--max_length", type=positive_int, metavar="N", help="measure after truncation too")
@@ -37,12 +46,14 @@ def build(recipe: str, **keys: Any) -> None:
     from apo_trl.pairs.build import build as build_pairs
     from apo_trl.pairs.estimate import estimate, table
     from apo_trl.pairs.llm.response_cache import open_read_only
+    from apo_trl.pairs.output.advice import commonest
 
     settings = parse(recipe, keys)
     if settings.dry_run:
         with open_read_only(settings.folder) as cache:
             print(table(estimate(settings, cache)))
         print("Requests still to send. Lengths are the mean of cached responses, or max_tokens if there are none.")
+        print("Malformed replies are requested once more: up to so many more requests as under repairs.")
         return
     result = build_pairs(settings)
     report = result.report
@@ -51,16 +62,22 @@ def build(recipe: str, **keys: Any) -> None:
         print("Dropped: " + ", ".join(f"{count:,} {name}" for name, count in report["dropped"].items()) + ".")
     for role, used in report["roles"].items():
         cost = f", cost {used['cost']:.4g}" if used["cost"] else ""
+        repairs = f" ({count:,} to repair a malformed reply)" if (count := report["repairs"].get(role)) else ""
         tokens = f"{used['prompt_tokens']:,} + {used['completion_tokens']:,} tokens"
-        print(f"{role}: {used['requests']:,} requests in all runs, {tokens}{cost}.")
+        print(f"{role}: {used['requests']:,} requests in all runs{repairs}, {tokens}{cost}.")
+    for line in report["advice"]:
+        print(line)
+    folder = shlex.quote(str(result.folder))
     if result.stopped:
         print(f"Stopped early: {result.stopped} Run the command again to resume.", file=sys.stderr)
     elif "not_answered" in report["dropped"]:
         print("Some rows wait for a batch: `apo-trl pairs import-batch`, then the same command.", file=sys.stderr)
     elif not report["complete"]:
         print("Some requests failed. Run the same command again to retry only those.", file=sys.stderr)
+    elif report["advice"]:
+        print(f"Read the replies: apo-trl pairs show {folder} --reason {commonest(report['dropped']) or 'kept'}")
     else:
-        print(f"Train on them: apo-trl train RECIPE --dataset_name {result.folder}")
+        print(f"Train on them: apo-trl train RECIPE --dataset_name {folder}")
     if result.broken or not report["kept"]:
         sys.exit(1)
 
@@ -91,6 +108,14 @@ def import_batch(recipe: str, files: list[str], **keys: Any) -> None:
         counts = batch.import_batch(settings, cache, files)
     print("Lines: " + (", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none") + ".")
     print("Then: `apo-trl pairs export-batch` for the next requests, or `apo-trl pairs build`.")
+
+
+def show(folder: str, reason: str | None, limit: int) -> None:
+    check_installed()
+    from apo_trl.pairs.output.show import show as lines
+
+    for line in lines(folder, reason, limit):
+        print(line)
 
 
 def stats(dataset: str, tokenizer: str | None, max_length: int | None, eval_sets: list[str], json: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from apo_trl.errors import InputError
 from apo_trl.pairs.config.settings import Settings
+from apo_trl.pairs.functions.process import source_of
 from apo_trl.pairs.judging import Notes
 from apo_trl.pairs.llm.requests import Dropped, Requester, Stopped
 from apo_trl.pairs.llm.response_cache import ResponseCache
@@ -21,6 +22,7 @@ from apo_trl.pairs.text.templates import load_template
 
 __all__ = ["End", "Make", "build", "check_templates", "each_row", "process_all", "take_over_shards"]
 
+_SHOWN = 200  # characters of a prompt that `apo-trl pairs show` has
 Make = Callable[[Requester, Settings, Record, Notes], Awaitable[Any]]
 """Compute the result of a row, or raise Dropped; the dictionary receives notes for the report."""
 
@@ -52,12 +54,16 @@ def build(settings: Settings) -> Result:
             progress.say(f"{bad} of {records.total()} rows cannot be used: {next(filter(None, records))}")
         servers = process_all(settings, source, store, progress, _make_row)
         limits = servers.limits
-        return write(settings, store, limits.stopped, limits.broken, servers.notes, servers.requester.thoughts)
+        counts = servers.requester.thoughts, servers.requester.repairs
+        return write(settings, store, limits.stopped, limits.broken, servers.notes, *counts)
 
 
 def check_templates(settings: Settings) -> None:
-    """Load and render the templates that the method uses, so that an invalid one stops the run at once."""
+    """Load the templates and functions that the method uses, so that an invalid one stops the run at once."""
     load_template.cache_clear()  # a file may have changed since the last run of this process
+    source_of.cache_clear()
+    for role in settings.functions:
+        source_of(str(role.function))
     prompt = [{"role": role, "content": "2 + 2?"} for role in ("system", "user", "assistant", "user")]
     judge_step = {"pairwise": "compare", "pointwise": "score"}.get(settings.judge_protocol)
     for role in settings.roles:
@@ -119,14 +125,16 @@ async def each_row(
 
     async def work() -> None:
         for record in records:
-            notes: Notes = {}
+            notes: Notes = {"prompt": record.prompt[-1]["content"].strip()[:_SHOWN]} if record.prompt else {}
+            result, reason, detail = None, "", ""
             try:
-                end(End(record, await make(requester, settings, record, notes), notes))
+                result = await make(requester, settings, record, notes)
             except Dropped as dropped:
-                end(End(record, None, notes, dropped.reason, dropped.detail))
+                reason, detail = dropped.reason, dropped.detail
             except Stopped as stopped:
-                end(End(record, None, notes, "not_asked", str(stopped)))
-            requester.row_ended(record.id)
+                reason, detail = "not_asked", str(stopped)
+            notes["replies"] = requester.row_ended(record.id)
+            end(End(record, result, notes, reason, detail))
             await asyncio.sleep(0)  # a row out of the cache never waits, and would block all others
 
     try:

@@ -1,4 +1,4 @@
-"""Estimate what a run still has to send, without probes of servers, repairs and retries.
+"""Estimate what a run still has to send, without probes of servers and retries; repairs are an upper limit.
 
 Requests that can be sent now are counted as `build` sends them, later ones as if every judge found a winner.
 """
@@ -47,7 +47,7 @@ def estimate(settings: Settings, store: ResponseCache) -> dict[str, dict[str, fl
         raise Dropped("not_answered")
 
     def end(ended: End) -> None:
-        if ended.reason == "not_answered":
+        if ended.reason == "not_answered" and ended.record.id in missing:  # else a function is called, for nothing
             answer = "abc " * answer_tokens(settings.policy[0])
             for role in settings.roles:
                 if _STAGES.index(role.name) > _STAGES.index(missing[ended.record.id]):
@@ -55,7 +55,15 @@ def estimate(settings: Settings, store: ResponseCache) -> dict[str, dict[str, fl
 
     asyncio.run(each_row(settings, iter(source), Requester(settings, store, send), end))
     tokens = {name: (use["prompt_tokens"], use["completion_tokens"]) for name, use in counts.items()}
-    return {role.name: {**counts[role.name], "cost": role.cost(*tokens[role.name])} for role in settings.roles}
+    repairs = {role.name: counts[role.name]["requests"] * _can_be_repaired(settings, role) for role in settings.roles}
+    return {
+        role.name: {**counts[role.name], "repairs": repairs[role.name], "cost": role.cost(*tokens[role.name])}
+        for role in settings.roles
+    }
+
+
+def _can_be_repaired(settings: Settings, role: Role) -> bool:
+    return role.name in ("reviser", "judge") and not settings.scores(role)
 
 
 def _later(settings: Settings, role: Role, prompt: Messages, answer: str) -> tuple[int, Messages]:
@@ -69,6 +77,6 @@ def _later(settings: Settings, role: Role, prompt: Messages, answer: str) -> tup
 
 def table(counts: Mapping[str, Mapping[str, float]]) -> str:
     """Format an estimate for the terminal."""
-    row = "{role:<10}{requests:>12,}{prompt_tokens:>16,}{completion_tokens:>16,}{cost:>12.4g}"
-    head = f"{'role':<10}{'requests':>12}{'prompt tokens':>16}{'answer tokens':>16}{'cost':>12}"
+    row = "{role:<10}{requests:>12,}{repairs:>12,}{prompt_tokens:>16,}{completion_tokens:>16,}{cost:>12.4g}"
+    head = f"{'role':<10}{'requests':>12}{'repairs':>12}{'prompt tokens':>16}{'answer tokens':>16}{'cost':>12}"
     return "\n".join([head, *(row.format(role=role, **use) for role, use in counts.items())])

@@ -149,7 +149,7 @@ async def _judged(asker: Requester, settings: Settings, record: Record, step: st
     (reply,) = await asker.ask(judge, step, asked.messages, row=record.id, template=template.digest)
     if not reply.fault and parse(reply.text) is None:
         asked = template.ask_again(record.prompt, asked, reply.text, problem, **answers)
-        (reply,) = await asker.ask(judge, step, asked.messages, row=record.id, template=template.digest)
+        (reply,) = await asker.ask(judge, step, asked.messages, row=record.id, template=template.digest, repair=True)
     result = parse(reply.text) if reply.finish == "stop" else None
     if not asker.fault(judge, record.id, reply):  # which notes the others
         asker.ended(judge, record.id, "judge_invalid" if result is None else "")

@@ -13,7 +13,7 @@ from apo_trl.pairs.judging import Notes, Pair, rank
 from apo_trl.pairs.llm.requests import Dropped, Requester, gather_all
 from apo_trl.pairs.prompts import Answer, Record
 from apo_trl.pairs.text.filters import RevisionLimits, is_refusal, revision_reason
-from apo_trl.pairs.text.revisions import Malformed, parse_revision
+from apo_trl.pairs.text.revisions import Malformed, Revision, parse_revision
 from apo_trl.pairs.text.templates import load_template
 
 __all__ = ["make_pair", "own_answers", "sample"]
@@ -104,13 +104,37 @@ async def sample(asker: Requester, role: Role, record: Record, count: int) -> li
 
 
 async def _revise(asker: Requester, settings: Settings, record: Record, pair: Pair) -> Pair:
-    """Replace the chosen answer by its minimal revision, which is requested once more if the reply is malformed."""
+    """Replace the chosen answer by its minimal revision."""
     role, row, answer = settings.reviser, record.id, pair.chosen.text
+    revised = _function_revision if role.function else _model_revision
+    revision = await revised(asker, role, record, answer)
+    limits = RevisionLimits(max_edit_distance=settings.max_edit_distance, max_length_ratio=settings.max_length_ratio)
+    if reason := revision_reason(record.prompt[-1]["content"], answer, revision.text, limits):
+        raise asker.ended(role, row, reason)
+    asker.ended(role, row)
+    return pair._replace(chosen=Answer(revision.text, role.public_model), rationale=revision.rationale)
+
+
+async def _function_revision(asker: Requester, role: Role, record: Record, answer: str) -> Revision:
+    """Return the revision of a function, which gets one row's columns in TRL's conversational format."""
+    completion = [{"role": "assistant", "content": answer}]
+    text = await asker.call(
+        role, {"prompts": record.prompt, "completions": completion, **record.columns}, row=record.id
+    )
+    if text is None:
+        asker.ended(role, record.id)
+        raise Dropped("no_revision")
+    return Revision("", text)
+
+
+async def _model_revision(asker: Requester, role: Role, record: Record, answer: str) -> Revision:
+    """Return the revision of a model, which is requested once more if the reply is malformed."""
+    row = record.id
     template = load_template("revise", role.template)
     asked = template.ask(record.prompt, answer=answer)
     revision, repaired = None, False
     while revision is None:
-        (reply,) = await asker.ask(role, "revise", asked.messages, row=row, template=template.digest)
+        (reply,) = await asker.ask(role, "revise", asked.messages, row=row, template=template.digest, repair=repaired)
         if reply.refused:
             raise asker.ended(role, row, "refused")
         if fault := asker.fault(role, row, reply):
@@ -121,11 +145,7 @@ async def _revise(asker: Requester, settings: Settings, record: Record, pair: Pa
             if is_refusal(reply.text) or repaired:
                 raise asker.ended(role, row, "refused" if is_refusal(reply.text) else "malformed", str(error)) from None
             asked, repaired = template.ask_again(record.prompt, asked, reply.text, str(error), answer=answer), True
-    limits = RevisionLimits(max_edit_distance=settings.max_edit_distance, max_length_ratio=settings.max_length_ratio)
-    if reason := revision_reason(record.prompt[-1]["content"], answer, revision.text, limits):
-        raise asker.ended(role, row, reason)
-    asker.ended(role, row)
-    return pair._replace(chosen=Answer(revision.text, role.public_model), rationale=revision.rationale)
+    return revision
 
 
 def _with_system(role: Role, record: Record) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import datetime
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 
@@ -24,14 +25,18 @@ class Progress:
     def __init__(self, total: int) -> None:
         self._outcomes: Counter[str] = Counter()
         self._console = Console(stderr=True, force_terminal=sys.stderr.isatty())
-        self._bar = progress.Progress(progress.BarColumn(), console=self._console, speed_estimate_period=60)
+        self._bar = progress.Progress(progress.BarColumn(), console=self._console)
         self._bar.add_task("", total=total)
         self._task = self._bar.tasks[0]
+        self._limits: Budget | None = None
+        self._began = time.monotonic(), 0  # when the first request was about to be sent, and the rows until then
 
     def ended(self, reason: str) -> None:
         """Count a row: kept if `reason` is empty, else dropped."""
         self._outcomes[reason or "kept"] += 1
         self._bar.advance(self._task.id)
+        if not self._limits or not self._limits.answered:
+            self._began = time.monotonic(), self._outcomes.total()
 
     def say(self, line: str) -> None:
         """Print a line that stays, above the live display if there is one."""
@@ -40,6 +45,7 @@ class Progress:
     @contextlib.contextmanager
     def showing(self, limits: Budget) -> Iterator[None]:
         """Show the progress until the block ends, then print it once more as one line."""
+        self._limits, self._began = limits, (time.monotonic(), self._outcomes.total())
 
         def screen() -> Group:
             return Group(self._bar, *self._facts(limits))
@@ -55,12 +61,12 @@ class Progress:
             self.say("; ".join(self._facts(limits)))
 
     async def _refresh(self, limits: Budget, live: Live) -> None:
-        logged = 0.0
+        logged = (0.0, 0)
         while True:
             await asyncio.sleep(0.25 if self._console.is_terminal else _EVERY)
             live.refresh()
-            if not self._console.is_terminal and self._task.completed != logged:
-                logged = self._task.completed
+            if not self._console.is_terminal and logged != (state := (self._task.completed, limits.answered)):
+                logged = state
                 self.say("; ".join(self._facts(limits)))
 
     def _facts(self, limits: Budget) -> Iterator[str]:
@@ -73,5 +79,8 @@ class Progress:
         yield f"tokens {limits.tokens:,}"
         if limits.cost:
             yield f"cost {limits.cost:.4g}"
-        if task.time_remaining:
-            yield f"left {datetime.timedelta(seconds=task.time_remaining)}"
+        began, cached = self._began
+        if 0 < (done := task.completed - cached) < (task.total or 0) - cached:
+            # Not rich's estimate, of the latest rows: those of one batch end together.
+            left = (time.monotonic() - began) / done * ((task.total or 0) - task.completed)
+            yield f"left {datetime.timedelta(seconds=round(left))}"

@@ -21,7 +21,8 @@ __all__ = ["Answer", "PromptSource", "Record", "read_records"]
 
 _ANSWERS = ("responses", "response", "completions", "completion")
 _IDS = ("id", "prompt_id", "custom_id")
-_FIELDS = ("prompt", "messages", *_ANSWERS, *_IDS)
+_CONVERSATION = ("prompt", "messages", *_ANSWERS)
+_FIELDS = (*_CONVERSATION, *_IDS)
 
 
 class Answer(NamedTuple):
@@ -32,7 +33,10 @@ class Answer(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One row: its position, id, conversation and own answers, or its fault and the reason that is counted."""
+    """One row: its position, id, conversation and own answers, or its fault and the reason that is counted.
+
+    `columns` has the row's other columns if a function revises, which gets them by name.
+    """
 
     position: int
     id: str
@@ -40,6 +44,7 @@ class Record(NamedTuple):
     answers: tuple[Answer, ...] = ()
     fault: str = ""
     reason: str = ""
+    columns: Mapping[str, Any] = {}
 
 
 class _Unusable(ValueError):
@@ -85,7 +90,7 @@ def read_records(rows: Iterable[tuple[int, Any]], settings: Settings) -> Iterato
     for position, (number, row) in enumerate(itertools.islice(rows, settings.max_prompts)):
         fault = reason = ""
         try:
-            name, prompt, answers = _read(row)
+            name, prompt, answers, columns = _read(row, bool(settings.functions))
             if needs_answers and not answers:
                 raise _Unusable("has no 'responses', and policy_model is not set")
         except (_Unusable, RecursionError) as error:
@@ -100,20 +105,21 @@ def read_records(rows: Iterable[tuple[int, Any]], settings: Settings) -> Iterato
                 fault, reason = f"has the id {name!r} of an earlier row; ids must be unique", "duplicate_id"
             numbers.setdefault(digest, number)
             ids.add(name)
-            record = Record(position, name, prompt, answers, fault and f"Row {number} {fault}.", reason)
+            record = Record(position, name, prompt, answers, fault and f"Row {number} {fault}.", reason, columns)
         if int(hashlib.sha256(record.id.encode()).hexdigest()[:8], 16) % count == index:
             yield record
     if not numbers:
         raise InputError(f"prompts: {settings.prompts} has no usable row. {first_fault or 'It is empty.'}")
 
 
-def _read(row: Any) -> tuple[Any, list[dict[str, Any]], tuple[Answer, ...]]:
+def _read(row: Any, whole: bool) -> tuple[Any, list[dict[str, Any]], tuple[Answer, ...], dict[str, Any]]:
     if isinstance(row, _Unusable):
         raise row
     if not isinstance(row, Mapping):
         raise _Unusable("is not a JSON object")
     # Through JSON, as requests are: NaN and half of a surrogate pair are no JSON, a date of Parquet becomes a string.
-    text = json.dumps({key: row[key] for key in _FIELDS if key in row}, ensure_ascii=False, default=str)
+    kept = {key: row[key] for key in (row if whole else _FIELDS) if key in row}
+    text = json.dumps(kept, ensure_ascii=False, default=str, skipkeys=True)
     fields = json.loads(replace_surrogates(text), parse_constant=lambda name: None)
     field = "messages" if fields.get("prompt") is None and fields.get("messages") else "prompt"
     prompt, answers = _messages(fields.get(field), field), tuple(_answers(fields))
@@ -122,7 +128,9 @@ def _read(row: Any) -> tuple[Any, list[dict[str, Any]], tuple[Answer, ...]]:
         answers = answers or ((Answer(last, "given"),) if last.strip() else ())
     if not prompt or prompt[-1]["role"] == "assistant" or not prompt[-1]["content"].strip():
         raise _Unusable(f"needs a '{field}' that ends with text before the assistant's turn, which is in 'responses'")
-    return next((fields[key] for key in _IDS if fields.get(key) not in (None, "")), ""), prompt, answers
+    name = next((fields[key] for key in _IDS if fields.get(key) not in (None, "")), "")
+    columns = {key: value for key, value in fields.items() if key not in (*_CONVERSATION, "prompts")}
+    return name, prompt, answers, columns
 
 
 def _messages(value: Any, field: str) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ METHODS = {
     "judge_then_clair": "a judge picks best and worst, the best is then revised",
 }
 ROLES = {
-    "policy": "the model that will be trained (for off_policy_judge: the other models)",
+    "policy": "the model that answers, usually the one to be trained",
     "reviser": "the model that revises an answer minimally",
     "judge": "the model that compares or scores answers",
     "stronger": "the model whose own answer is preferred",
@@ -56,7 +56,7 @@ class _Keys(BaseModel):
     @classmethod
     def _read(cls, value: Any, info: ValidationInfo) -> Any:
         kind = kind_of(cls.model_fields[str(info.field_name)])
-        if value in (None, "null", "none", "None"):
+        if value is None or (isinstance(value, str) and value.strip().lower() in ("null", "none")):
             return {} if kind == "MAP" else None
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
             raise ValueError("must be UTF-8")
@@ -76,22 +76,23 @@ class Role(_Keys):
     __eq__, __hash__ = object.__eq__, object.__hash__  # one object is one model, also as a key of a dict
 
     name: str
-    model: str | None = _key(None, "its name at the server, or a folder or hub name to load in this process")
-    base_url: str | None = _key(None, "OpenAI-compatible API, as http://127.0.0.1:8000/v1; without it: in this process")
-    api_key_env: str | None = _key(None, "the environment variable that holds the key")
-    temperature: float | None = _key(0.7, "null leaves it out", ge=0)
-    top_p: float | None = _key(None, "null leaves it out", ge=0, le=1)
+    model: str | None = _key(None, "name at the server, or a folder or hub name")
+    function: str | None = _key(None, "instead: module:function or file.py:function (docs/pairs.md)")
+    base_url: str | None = _key(None, "OpenAI-compatible API; without it: in this process")
+    api_key_env: str | None = _key(None, "environment variable that holds the key")
+    temperature: float | None = _key(0.7, "of sampling; null leaves it out", ge=0)
+    top_p: float | None = _key(None, "nucleus sampling; null leaves it out", ge=0, le=1)
     max_tokens: int | None = _key(1024, "of one answer; null leaves it out", ge=1)
-    extra_body: dict[str, Any] = _key({}, "more fields of the request body, as {min_p: 0.05}")
-    system_prompt: str | None = _key(None, "for conversations that have none (policy and stronger)")
-    template: str | None = _key(None, "a Jinja file instead of the packaged one (reviser and judge)")
+    extra_body: dict[str, Any] = _key({}, "more fields of a request, as {min_p: 0.05}")
+    system_prompt: str | None = _key(None, "for conversations without one (policy, stronger)")
+    template: str | None = _key(None, "Jinja file of the prompt (reviser, judge)")
     timeout: float = _key(600.0, "seconds for one try", gt=0)
-    max_retries: int = _key(5, "tries after the first, at 408, 409, 429, 5xx and broken connections", ge=0)
+    max_retries: int = _key(5, "tries after the first (408, 409, 429, 5xx, connection)", ge=0)
     requests_per_minute: float | None = _key(None, "rate limit", gt=0)
-    tokens_per_minute: float | None = _key(None, "rate limit of prompt and answer tokens together", gt=0)
-    input_price: float = _key(0.0, "for a million prompt tokens", ge=0)
-    output_price: float = _key(0.0, "for a million answer tokens", ge=0)
-    batch_size: int = _key(8, "in this process: answers generated together", ge=1)
+    tokens_per_minute: float | None = _key(None, "rate limit, prompts and answers together", gt=0)
+    input_price: float = _key(0.0, "per million prompt tokens", ge=0)
+    output_price: float = _key(0.0, "per million answer tokens", ge=0)
+    batch_size: int = _key(8, "in this process: answers sampled together", ge=1)
     dtype: str | None = _key(None, "in this process: float32, bfloat16, float16")
     device: str | None = _key(None, "in this process: cpu, cuda, ...")
 
@@ -108,7 +109,9 @@ class Role(_Keys):
 
     @property
     def public_model(self) -> str:
-        """The model's name as others may read it: the last part of a local path."""
+        """The name of the model, or of the function, as others may read it: the last part of a local path."""
+        if self.function:
+            return re.split(r"[/\\]", self.function)[-1]
         name = self.model or ""
         is_path = re.match(r"[/~.\\]|[A-Za-z]:\\", name) or (not self.base_url and Path(name).is_dir())
         return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
@@ -123,26 +126,25 @@ class Settings(_Keys):
 
     method: str = _key(..., f"one of {', '.join(METHODS)}", pattern=f"^({'|'.join(METHODS)})$")
     prompts: str = _key(..., "a .jsonl, .json or .parquet file or a hub dataset, of prompts or messages", min_length=1)
-    output_dir: str = _key(..., "the folder of the pairs and the cache; the same folder again resumes", min_length=1)
+    output_dir: str = _key(..., "the folder of pairs and cache; the same again resumes", min_length=1)
     prompts_split: str = _key("train", "the split of a hub dataset")
     max_prompts: int | None = _key(None, "maximum number of prompts", ge=1)
-    num_responses: int | None = _key(None, "answers sampled for each prompt (2; clair and stronger_preferred: 1)", ge=1)
+    num_responses: int | None = _key(None, "answers to each prompt (2; clair, stronger_preferred: 1)", ge=1)
     seed: int = _key(0, "of sampling")
     concurrency: int = _key(32, "requests in flight at each server", ge=1)
-    max_requests: int | None = _key(None, "limit over all runs into output_dir; 0 uses cached responses only", ge=0)
-    max_cost: float | None = _key(None, "limit over all runs into output_dir, in the unit of the prices", ge=0)
-    max_failures: int = _key(20, "requests failed in a row, or first replies dropped alike, that stop the run", ge=1)
-    judge_protocol: _Protocol = _key(
-        "pairwise", "pairwise (both orders), pointwise (scores), reward_model (a classifier)"
-    )
-    judge_margin: float = _key(1.0, "smallest difference of scores that is a win (pointwise, reward_model)", ge=0)
-    max_edit_distance: float = _key(0.85, "of a revision: normalised Levenshtein distance, 0 to 1", ge=0, le=1)
-    max_length_ratio: float = _key(2.5, "of a revision: characters of the longer over the shorter", ge=1)
-    tokenizer: str | None = _key(None, "the training model's, to measure pairs in tokens and after truncation")
-    max_length: int | None = _key(None, "of training: drops pairs that it makes identical (needs tokenizer)", ge=1)
-    eval_sets: list[str] = _key([], "files of evaluation prompts to look for among the prompts")
-    cache_by_url: bool = _key(False, "do not share cached replies between servers whose models have the same name")
-    shard: str | None = _key(None, "i/n: only this share of the prompts, for array jobs")
+    max_requests: int | None = _key(None, "over all runs into output_dir; 0: cached replies only", ge=0)
+    max_cost: float | None = _key(None, "over all runs into output_dir, in the unit of the prices", ge=0)
+    max_failures: int = _key(20, "failures in a row, or first replies dropped alike, that stop", ge=1)
+    judge_protocol: _Protocol = _key("pairwise", "pairwise (both orders), pointwise (scores) or reward_model")
+    judge_margin: float = _key(1.0, "smallest difference of scores that wins", ge=0)
+    max_edit_distance: float = _key(0.85, "normalised Levenshtein distance, 0 to 1", ge=0, le=1)
+    max_length_ratio: float = _key(2.5, "characters of the longer over the shorter", ge=1)
+    tokenizer: str | None = _key(None, "the trained model's: measures pairs in tokens")
+    max_length: int | None = _key(None, "of training: drops pairs that it makes identical", ge=1)
+    eval_sets: list[str] = _key([], "evaluation prompts to look for among the prompts")
+    cache_by_url: bool = _key(False, "keep replies of equally named models apart by server")
+    shard: str | None = _key(None, "i/n: only this share of the prompts (array jobs)")
+    function_timeout: float = _key(10.0, "seconds for one call of a function", gt=0)
     dry_run: bool = _key(False, "estimate requests and tokens, and send nothing")
     policy: tuple[Role, ...] = ()
     reviser: Role = Role(name="reviser")
@@ -154,6 +156,11 @@ class Settings(_Keys):
         """The roles that the method uses and that have a model."""
         roles = (*self.policy, self.reviser, self.judge, self.stronger)
         return [role for role in roles if role.model and role.name in USED[self.method]]
+
+    @property
+    def functions(self) -> list[Role]:
+        """The roles that the method uses and that have a function in the place of a model."""
+        return [self.reviser] if self.reviser.function and "reviser" in USED[self.method] else []
 
     @property
     def responses(self) -> int:

@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,21 @@ from apo_trl.pairs.config.keys import DEFAULTS, METHODS, ROLES, USED, Role, Sett
 __all__ = ["METHODS", "Role", "Settings", "add_arguments", "known_keys", "make_settings", "parse", "unknown_key"]
 
 _MANY = ("model", "base_url", "api_key_env")  # of the policy: one for each of several models
-_NO_KEY = re.compile(".*_name|(policy|stronger)_template|(reviser|judge)_system_prompt")
+_NO_KEY = re.compile(
+    ".*_name|(policy|stronger)_template|(reviser|judge)_system_prompt|(policy|judge|stronger)_function"
+)
+_EITHER = {"reviser_model": "function", "reviser_base_url": "function", "reviser_function": "(model|base_url|template)"}
 _RESERVED = ("model", "temperature", "top_p", "max_tokens", "n", "seed", "messages", "stream")  # written by the run
 _SECRET = re.compile(r"api.?key|secret|password|authorization", re.IGNORECASE)
 _URL = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?(/[^\s?#]*)?")
 _USE_VARIABLE = "Put it into an environment variable, and set ROLE_api_key_env (as policy_api_key_env) to its name."
+_GROUPS = {  # of the help; other keys of the run are under "prompts and sampling"
+    "judge": ("judge_protocol", "judge_margin"),
+    "reviser": ("max_edit_distance", "max_length_ratio"),
+    "limits": ("concurrency", "max_requests", "max_cost", "max_failures"),
+    "output": ("output_dir", "tokenizer", "max_length", "eval_sets", "cache_by_url", "shard", "dry_run"),
+}
+_URL_EXAMPLE = "http://127.0.0.1:8000/v1"
 _EXAMPLES = {"INT": 8, "FLOAT": 1.0, "BOOL": "true", "STR": "'text'", "LIST": "[one, two]", "MAP": "{min_p: 0.05}"}
 
 
@@ -33,24 +43,43 @@ def known_keys() -> dict[str, FieldInfo]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, keys: Container[str] | None = None) -> None:
-    """Add every key as a flag, or only `keys`."""
-    titles = {"": "the run"} | {role: f"{role}: {text}" for role, text in ROLES.items()}
-    groups: dict[str, Any] = {role: parser.add_argument_group(title) for role, title in titles.items()}
-    for key, field in known_keys().items():
-        if keys is not None and key not in keys:
-            continue
-        role, _, name = ("", "", key) if key in Settings.model_fields else key.partition("_")
-        default, kind = DEFAULTS.get(role, {}).get(name, field.default), kind_of(field)
-        shown = f" (default: {default})" if isinstance(default, (int, float, str)) else ""
-        many = kind == "LIST" or (role == "policy" and name in _MANY)
-        values = {"nargs": "?", "const": "true"} if kind == "BOOL" else {"nargs": "+"} if many else {}
-        help = f"{field.description}{shown}"
-        groups[role].add_argument(f"--{key}", metavar=kind, default=argparse.SUPPRESS, help=help, **values)
+    """Add every key as a flag, or only `keys`. The help shows what several roles have once, as `--ROLE_model`."""
+    fields = {key: field for key, field in known_keys().items() if keys is None or key in keys}
+    groups = {title: parser.add_argument_group(title) for title in ("prompts and sampling", "models", *_GROUPS)}
+    roles = [role for role in ROLES if f"{role}_temperature" in fields]
+    groups["models"].description = "ROLE is one of\n" + "\n".join(f"  {role:<8}  {ROLES[role]}" for role in roles)
+    for key in (key for key in Settings.model_fields if key in fields):
+        title = next((title for title, part in _GROUPS.items() if key in part), "prompts and sampling")
+        _add_argument(groups[title], key, fields[key], _help(fields[key]))
+    for name, field in Role.model_fields.items():
+        same = [role for role in roles if f"{role}_{name}" in fields]
+        for role in ["ROLE", *same] if len(same) > 1 else same:
+            help = argparse.SUPPRESS if role != "ROLE" and len(same) > 1 else _help(field, name, same)
+            _add_argument(groups["models"], f"{role}_{name}", field, help, many=role == "policy" and name in _MANY)
+
+
+def _add_argument(group: Any, key: str, field: FieldInfo, help: str, many: bool = False) -> None:
+    kind = kind_of(field)
+    values = {"nargs": "?", "const": "true"} if kind == "BOOL" else {"nargs": "+"} if many or kind == "LIST" else {}
+    group.add_argument(f"--{key}", metavar=kind, default=argparse.SUPPRESS, help=help, **values)
+
+
+def _help(field: FieldInfo, name: str = "", roles: Sequence[str] = ("",)) -> str:
+    """Return a key's description with its default, and with those of roles that have another."""
+    own = [f"{role} {DEFAULTS[role][name]}" for role in roles if name in DEFAULTS.get(role, {})]
+    if len(own) < len(roles) and isinstance(field.default, (int, float, str)) and field.default is not False:
+        own.insert(0, str(field.default).removesuffix(".0"))
+    return f"{field.description} (default: {', '.join(own)})" if own else str(field.description)
 
 
 def parse(recipe: str, flags: Mapping[str, Any], *, environment: bool = True) -> Settings:
-    """Read and check a recipe, a file or a packaged name, with `flags` in place of its values."""
-    return make_settings(read_yaml(find_recipe(recipe)) | dict(flags), environment=environment)
+    """Read and check a recipe, a file or a packaged name, with `flags` in place of its values.
+
+    A reviser among the flags replaces the recipe's, also a function a model, or a model a function.
+    """
+    replaced = re.compile("|".join(f"reviser_{_EITHER[flag]}" for flag in flags if flag in _EITHER) or "-")
+    values = {key: value for key, value in read_yaml(find_recipe(recipe)).items() if not replaced.fullmatch(str(key))}
+    return make_settings(values | dict(flags), environment=environment)
 
 
 def make_settings(values: Mapping[str, Any], *, environment: bool = True) -> Settings:
@@ -123,8 +152,11 @@ def _check(settings: Settings) -> None:
         )
     if "judge" in USED[method] and settings.responses < 2:
         raise InputError(f"num_responses: must be >= 2 for a judge, got {settings.responses}. Set 2 or more.")
+    for other in ("model", "base_url", "template"):
+        if settings.reviser.function and getattr(settings.reviser, other):
+            raise InputError(f"reviser_function: conflict with reviser_{other}; either revises. Unset one of them.")
     for name in USED[method] - {"policy"}:
-        if not getattr(settings, name).model:
+        if not (getattr(settings, name).model or getattr(settings, name).function):
             raise InputError(f"{name}_model: required by {method}, not set. Name {ROLES[name]}.")
     if settings.max_cost is not None and not any(role.input_price or role.output_price for role in settings.roles):
         raise InputError("max_cost: needs prices. Set input_price and output_price of a role.")
@@ -142,6 +174,18 @@ def _check_role(role: Role, environment: bool) -> None:
         key = os.getenv(role.api_key_env, "").strip() if environment else "unknown"
         if not role.api_key_env.isidentifier() or not re.fullmatch("[!-~]+", key):  # not repeated: it may be the key
             raise InputError(f"{role.name}_api_key_env: must name a variable that is set to a key alone. Export it.")
-    if role.base_url is not None and not _URL.fullmatch(role.base_url):
-        example = "as http://127.0.0.1:8000/v1, without a key or a query"
-        raise InputError(f"{role.name}_base_url: invalid URL. Write it {example}. For a key: {_USE_VARIABLE}")
+    if role.base_url is not None:
+        _check_url(f"{role.name}_base_url", role.base_url)
+
+
+def _check_url(key: str, url: str) -> None:  # whose value is not repeated: it may hold a key
+    if not url.strip():
+        raise InputError(f"{key}: empty. Set null to load the model in this process, or a URL as {_URL_EXAMPLE}.")
+    if "://" not in url:
+        raise InputError(
+            f"{key}: must start with http:// or https://. Write it as {_URL_EXAMPLE}; null: in this process."
+        )
+    if re.search(r"/(?:chat/)?completions/?$", url):
+        raise InputError(f"{key}: must end before /chat/completions, which is added. Write it as {_URL_EXAMPLE}.")
+    if not _URL.fullmatch(url):
+        raise InputError(f"{key}: invalid URL. Write it as {_URL_EXAMPLE}, without a query. For a key: {_USE_VARIABLE}")

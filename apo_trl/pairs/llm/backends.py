@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import socket
+import ssl
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,12 +12,13 @@ import openai
 
 from apo_trl.io.messages import one_line
 from apo_trl.pairs.config.settings import Role, Settings
+from apo_trl.pairs.llm.batcher import Batcher
 from apo_trl.pairs.llm.reply import failure_of
 from apo_trl.pairs.llm.requests import RequestFailed
+from apo_trl.training.console import quiet_libraries
+from apo_trl.training.threads import choose_threads
 
 __all__ = ["InProcess", "Server"]
-
-_GATHER = 0.02  # seconds in which other requests may join a batch
 
 
 class Server:
@@ -39,8 +42,28 @@ class Server:
             text = f"status {error.status_code}: {one_line(message or error)}"
             raise RequestFailed(text, error.status_code, error.code) from error
         except openai.OpenAIError as error:  # no connection, no response in time
-            raise RequestFailed(one_line(error.__cause__ or error)) from error
+            raise RequestFailed(_unreachable(error).format(role=role.name, timeout=role.timeout)) from error
         return response.extensions["json"]
+
+
+_UNREACHABLE: tuple[tuple[type[BaseException], str], ...] = (
+    (ConnectionRefusedError, "connection refused. Start the server, or correct {role}_base_url"),
+    (socket.gaierror, "unknown host name. Correct {role}_base_url"),
+    (ssl.SSLError, "TLS failed. Write http:// in {role}_base_url, or correct the server's certificate"),
+    (ConnectionAbortedError, "TLS failed. Write http:// in {role}_base_url, or correct the server's certificate"),
+    (TimeoutError, "no response within {timeout:g} s. Raise {role}_timeout, or lower concurrency"),
+)
+
+
+def _unreachable(error: BaseException) -> str:
+    """Return why no response came: the SDK's error is a timeout for nearly all, so its causes are searched."""
+    inner = error
+    while cause := inner.__cause__ or inner.__context__:
+        inner = cause
+        for kind, text in _UNREACHABLE:
+            if isinstance(inner, kind):
+                return text
+    return one_line(error.__cause__ or error).replace("{", "{{").replace("}", "}}")
 
 
 async def _require_completion(response: Any) -> None:
@@ -65,19 +88,12 @@ class InProcess:
     def __init__(self, role: Role, settings: Settings) -> None:
         self._role, self._scores = role, settings.scores(role)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=role.name)
-        self._busy = asyncio.Lock()
-        self._open: list[dict[str, Any]] = []  # the batch that further requests may join
-        self._answers: asyncio.Task[list[Any]]  # to the open batch
+        self._batches = Batcher(self._run, role.batch_size)
         self._model: Any = None
 
     async def complete(self, role: Role, body: dict[str, Any]) -> Any:
         """Return the response of the model. Raises RequestFailed."""
-        if not 0 < len(self._open) < role.batch_size:
-            self._open = []
-            self._answers = asyncio.create_task(self._run(self._open))
-        index, answers = len(self._open), self._answers
-        self._open.append(body)
-        answer = (await asyncio.shield(answers))[index]
+        answer = await self._batches.result(body)
         if "error" in answer:
             raise RequestFailed(answer["error"]["message"])
         return answer
@@ -87,14 +103,13 @@ class InProcess:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, batch: list[dict[str, Any]]) -> list[Any]:
-        async with self._busy:
-            await asyncio.sleep(_GATHER)
-            if self._open is batch:
-                self._open = []
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, batch)
+        results: list[Any] = await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, batch)
+        return results
 
     def _answer(self, bodies: list[dict[str, Any]]) -> Any:
         if self._model is None:
+            choose_threads()
+            quiet_libraries()
             from apo_trl.models.packaged import resolve_model
             from apo_trl.pairs.llm.in_process import Generator, RewardModel
 

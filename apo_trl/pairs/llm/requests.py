@@ -8,8 +8,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from apo_trl.pairs.config.settings import Role, Settings
+from apo_trl.pairs.functions.process import Outcome, source_of
 from apo_trl.pairs.llm.reply import Reply, read_reply
 from apo_trl.pairs.llm.response_cache import ResponseCache, reply_key
+from apo_trl.pairs.text.reasons import remedy
 
 __all__ = [
     "Dropped", "Request", "RequestFailed", "Requester", "Send", "Stopped", "gather_all", "parameters_of",
@@ -58,21 +60,34 @@ Send = Callable[[list[Request]], Awaitable[Mapping[str, Any]]]
 """Send requests that differ in `sample` only; return the body of each response by key. Raises Dropped or Stopped."""
 
 
-class Requester:
-    """Gets completions for the rows, from the cache or by `send`; `thoughts` counts by role those with thoughts."""
+Call = Callable[[Role, dict[str, Any]], Awaitable[Outcome]]
+"""Call the function of a role with the columns of one row."""
 
-    def __init__(self, settings: Settings, store: ResponseCache, send: Send) -> None:
-        self._seed, self._store, self._send = settings.seed, store, send
+
+async def _call_none(role: Role, columns: dict[str, Any]) -> Outcome:
+    raise Dropped("not_answered")
+
+
+class Requester:
+    """Gets completions for the rows, from the cache or by `send`.
+
+    Counted by role: `thoughts`, the replies with thoughts, and `repairs`, the requests after a malformed reply.
+    """
+
+    def __init__(self, settings: Settings, store: ResponseCache, send: Send, call: Call = _call_none) -> None:
+        self._seed, self._store, self._send, self._call = settings.seed, store, send, call
         self._in_flight: dict[str, asyncio.Future[None]] = {}
         self._usable: set[Role] = set()  # a reply of theirs was used
         self._open: defaultdict[str, dict[Role, tuple[str, str]]] = defaultdict(dict)  # drops in rows that go on
         self._drops: defaultdict[Role, list[tuple[str, str]]] = defaultdict(list)  # in the first rows that ended
         self._max_failures, self._by_url = settings.max_failures, settings.cache_by_url
-        self.thoughts = Counter[str]()
+        self._used: defaultdict[str, list[str]] = defaultdict(list)  # keys of the replies of each open row
+        self._settings = settings
+        self.thoughts, self.repairs = Counter[str](), Counter[str]()
 
     async def ask(
         self, role: Role, step: str, messages: list[dict[str, Any]], *, row: str, samples: range = range(1),
-        template: str = "",
+        template: str = "", repair: bool = False,
     ) -> list[Reply]:  # fmt: skip
         """Return a completion of the messages for each sample. Raises Dropped or Stopped, as `send`."""
         requests = [self._request(role, step, messages, row, sample, template) for sample in samples]
@@ -90,9 +105,31 @@ class Requester:
                 done.set_result(None)
                 for request in missing:
                     del self._in_flight[request.key]
+        self._used[row] += bodies
+        self.repairs[role.name] += repair
         replies = [read_reply(bodies[request.key], role.limit) for request in requests]
         self.thoughts.update(role.name for reply in replies if reply.thoughts)
         return replies
+
+    async def call(self, role: Role, columns: dict[str, Any], *, row: str) -> Any:
+        """Return what the function of a role returns for a row, from the cache if function and columns are the same.
+
+        Raises:
+            Dropped: The function failed, which is not cached.
+        """
+        function = str(role.function)
+        key = reply_key(step="function", function=function, source=source_of(function), columns=columns)
+        self._used[row].append(key)
+        if (cached := self._store.reply(key)) is not None:
+            return cached[0]
+        value, problem = await self._call(role, columns)
+        if problem:
+            raise self.ended(role, row, f"{role.name}_failed", problem)
+        self._store.add(
+            key, json.dumps([value]), role=role.name, step="function", row=row, sample=0, model=role.public_model,
+            usage=(0, 0), cost=0.0,
+        )  # fmt: skip
+        return value
 
     def ended(self, role: Role, row: str, reason: str = "", detail: str = "") -> Dropped:
         """Note that a reply was used for a row, or dropped for a reason; return the exception to raise then."""
@@ -107,11 +144,12 @@ class Requester:
         detail = "" if reply.finish == "stop" else f"finish_reason {reply.finish}"
         return self.ended(role, row, f"{role.name}_{reply.fault}", detail) if reply.fault else None
 
-    def row_ended(self, row: str) -> None:
-        """Count a row for each role that had a reply dropped."""
+    def row_ended(self, row: str) -> list[str]:
+        """Count a row for each role that had a reply dropped, and return the keys of the row's replies."""
         for role, drop in self._open.pop(row, {}).items():
             if len(self._drops[role]) < self._max_failures:
                 self._drops[role].append(drop)
+        return self._used.pop(row, [])
 
     def unusable(self) -> str:
         """Return a message if all replies of a role to the first `max_failures` rows were dropped for one reason."""
@@ -119,11 +157,10 @@ class Requester:
             (reason, detail), *others = self._drops[role]
             if len(others) + 1 < self._max_failures or any(other != reason for other, _ in others):
                 continue
-            setting = reason.replace("_truncated", "_max_tokens")
-            remedy = "Change the model or its settings" if setting == reason else f"Raise {setting}, turn thinking off"
             why = f"{reason} ({detail.rstrip('.')})" if detail else reason
-            rows = f"{role.name}_model: the replies to the first {self._max_failures} rows"
-            return f"{rows} were all dropped as {why}. {remedy}, or raise max_failures."
+            field = "function" if role.function else "model"
+            rows = f"{role.name}_{field}: the replies to the first {self._max_failures} rows"
+            return f"{rows} were all dropped as {why}. {remedy(reason, self._settings)} Or raise max_failures."
         return ""
 
     def _request(

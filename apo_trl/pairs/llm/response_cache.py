@@ -4,8 +4,10 @@ The key of a response covers what determines it, and not the method, the row or 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import sqlite3
 import tempfile
 import time
@@ -13,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from apo_trl.errors import InputError
+from apo_trl.io.disk import write_error
+from apo_trl.training.lock import output_lock
 
 __all__ = ["ResponseCache", "open_read_only", "reply_key"]
 
@@ -33,6 +35,7 @@ CREATE TABLE IF NOT EXISTS rows (
 """
 _DAMAGED = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError,
             sqlite3.InterfaceError, sqlite3.ProgrammingError)  # fmt: skip
+_DISK = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY)
 _ADD = f"INSERT OR IGNORE INTO replies VALUES (?{',?' * 11})"
 
 
@@ -57,32 +60,28 @@ class ResponseCache(contextlib.ExitStack):
         self.path = folder / "store.sqlite"
         self._failed = False
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.enter_context(FileLock(str(folder / "store.lock"), blocking=False))
+            self.enter_context(output_lock(folder, folder / "store.lock"))
             self._base = self.enter_context(contextlib.closing(sqlite3.connect(self.path, 60, isolation_level=None)))
             self._base.executescript("PRAGMA journal_mode=DELETE;" + _SCHEMA)
             self._pending = self.enter_context(_pending(self.path).open("ab", buffering=0))
             self._replay(self.path)
             self.callback(self._finish)
-        except Timeout:
-            raise InputError(f"output_dir: another run is writing to {folder}. Wait, or set another folder.") from None
-        except OSError as error:
+        except (InputError, OSError, sqlite3.Error) as error:
             self.close()
-            raise InputError(f"output_dir: {folder}: {error.strerror}. Set a writable folder.") from error
-        except sqlite3.Error as error:
-            self.close()
-            raise _not_a_cache(self.path, error) from error
+            raise error if isinstance(error, InputError) else _unusable(self.path, error) from error
 
     def _write(self, statement: str, *values: Any) -> None:
         try:
             if not self._base.in_transaction:
                 self._base.execute("BEGIN")
             if statement == _ADD:
-                self._pending.write(json.dumps(values).encode() + b"\n")
+                line = json.dumps(values).encode() + b"\n"
+                if self._pending.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._base.execute(statement, values)
-        except (sqlite3.OperationalError, OSError) as error:  # a full disk, for example; what is stored is safe
+        except (sqlite3.Error, OSError) as error:  # a full disk, for example; what is stored is safe
             self._failed = True  # SQLite may have ended the transaction: the next run replays it
-            raise InputError(f"output_dir: {self.path} cannot be written ({error}). Free space, and rerun.") from error
+            raise _unusable(self.path, error) from error
 
     def commit(self) -> None:
         """End the transaction that the first write began."""
@@ -128,12 +127,17 @@ class ResponseCache(contextlib.ExitStack):
         """Return `requests`, `prompt_tokens`, `completion_tokens` and `cost` of all runs by role."""
         names = ("requests", "prompt_tokens", "completion_tokens", "cost")
         sums = ", ".join(f"sum({name})" for name in names)
-        rows = self._base.execute(f"SELECT role, {sums} FROM replies GROUP BY role")
+        rows = self._base.execute(f"SELECT role, {sums} FROM replies WHERE step != 'function' GROUP BY role")
         return {role: dict(zip(names, values, strict=True)) for role, *values in rows}
+
+    def results(self, role: str) -> int:
+        """Return the number of results of a role's functions, of all runs."""
+        count = "SELECT count(*) FROM replies WHERE step = 'function' AND role = ?"
+        return int(self._base.execute(count, (role,)).fetchone()[0])
 
     def mean_tokens(self) -> dict[str, float]:
         """Return the mean tokens of a completion by role, without probes."""
-        means = "SELECT role, avg(completion_tokens) FROM replies WHERE step != 'probe' GROUP BY role"
+        means = "SELECT role, avg(completion_tokens) FROM replies WHERE step NOT IN ('probe', 'function') GROUP BY role"
         return dict(self._base.execute(means).fetchall())
 
     def export(self, key: str, *, role: str, step: str, row: str, sample: int, model: str) -> None:
@@ -154,7 +158,7 @@ class ResponseCache(contextlib.ExitStack):
             self._base.execute("ATTACH ? AS other", (str(other),))
             self._base.execute("INSERT OR IGNORE INTO replies SELECT * FROM other.replies")
         except sqlite3.Error as error:
-            raise _not_a_cache(other, error) from error
+            raise _unusable(other, error) from error
         finally:
             with contextlib.suppress(sqlite3.Error):  # if it could not be attached
                 self._base.execute("DETACH other")
@@ -177,7 +181,10 @@ def _pending(path: Path) -> Path:
     return path.with_suffix(".pending")
 
 
-def _not_a_cache(path: Path, error: sqlite3.Error) -> InputError:
+def _unusable(path: Path, error: sqlite3.Error | OSError) -> InputError:
+    """Return the error of a full or read-only disk, which loses nothing, or of a file that is not a cache."""
+    if isinstance(error, OSError) or getattr(error, "sqlite_errorcode", 0) & 0xFF in _DISK:
+        return InputError(f"output_dir: {write_error(path, getattr(error, 'strerror', None) or str(error))}")
     return InputError(f"output_dir: {path} is not a response cache ({error}). Move it out of the folder.")
 
 
@@ -185,7 +192,7 @@ def _not_a_cache(path: Path, error: sqlite3.Error) -> InputError:
 def open_read_only(folder: Path) -> Iterator[ResponseCache]:
     """Open the cache of a folder as `build` would find it, with the responses of its shards, and leave no new file."""
     paths = [*folder.glob("store.sqlite"), *sorted(folder.glob("shards/*/store.sqlite"))]
-    in_place = paths == [folder / "store.sqlite"]
+    in_place = paths == [folder / "store.sqlite"] and os.access(folder, os.W_OK)
     with tempfile.TemporaryDirectory() as empty, ResponseCache(folder if in_place else Path(empty)) as store:
         for path in () if in_place else paths:
             store.take_over(path)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from apo_trl.pairs.config.settings import Role, Settings
+from apo_trl.pairs.functions.process import FunctionProcess, Outcome
+from apo_trl.pairs.llm.batcher import Batcher
 from apo_trl.pairs.llm.limits import Budget, RateLimiter, tokens_of
 from apo_trl.pairs.llm.reply import choices_of, read_reply, usage_of
 from apo_trl.pairs.llm.requests import Dropped, Request, Requester, RequestFailed, gather_all, parameters_of
@@ -35,9 +37,13 @@ class Servers:
             role.base_url or role: asyncio.Semaphore(settings.concurrency if role.base_url else 2 * role.batch_size)
             for role in settings.roles
         }
-        self.requester = Requester(settings, store, self.send)
+        self.requester = Requester(settings, store, self.send, self.call)
         self._backends: dict[Any, Any] = {}
         self._probes: dict[Role, asyncio.Task[Features]] = {}
+        self._processes = {
+            role: FunctionProcess(str(role.function), "text", settings.function_timeout) for role in settings.functions
+        }
+        self._calls = {role: Batcher(process.call, role.batch_size) for role, process in self._processes.items()}
 
     @property
     def notes(self) -> dict[str, str]:
@@ -46,9 +52,14 @@ class Servers:
         return {f"{role.name} {role.public_model}": _describe(found) for role, found in features.items() if found}
 
     async def close(self) -> None:
-        """Close connections and threads."""
-        for backend in self._backends.values():
+        """Close connections, threads and processes."""
+        for backend in (*self._backends.values(), *self._processes.values()):
             await backend.close()
+
+    async def call(self, role: Role, columns: dict[str, Any]) -> Outcome:
+        """Call the function of a role with the columns of one row, in a batch with other rows."""
+        outcome: Outcome = await self._calls[role].result(columns)
+        return outcome
 
     async def send(self, requests: list[Request]) -> Mapping[str, Any]:
         """Get completions for samples of one prompt, see `requests.Send`."""
@@ -105,6 +116,8 @@ class Servers:
         if key not in self._backends:
             from apo_trl.pairs.llm.backends import InProcess, Server  # which import the openai SDK
 
+            if not role.base_url:
+                self._say(f"{role.name}: loading {role.public_model} in this process.")
             self._backends[key] = (Server if role.base_url else InProcess)(role, self._settings)
         return self._backends[key]
 
@@ -125,10 +138,10 @@ class Servers:
         if known:
             return known
         number = itertools.count()
-        refusal = ""
+        refusal, status = "", None
 
         async def post(features: dict[str, int]) -> Any:  # None if the server refuses the parameters
-            nonlocal refusal
+            nonlocal refusal, status
             request = probe._replace(key=f"{probe.key}-{next(number)}", body=probe.body | features)
             for _ in range(3):  # one refused key among many accepted ones may be a fault of the server
                 try:
@@ -139,17 +152,13 @@ class Servers:
                     return None
                 if status not in (401, 403):
                     break
-            remedy = "Check the server, its URL, and the key in the variable that api_key_env names."
-            raise self.limits.give_up(f"{_place(role)} cannot be used: {refusal}. {remedy}")
+            raise self.limits.give_up(f"{_place(role)} cannot be used: {refusal}.{_remedy(role, status)}")
 
         for sent in ({"n": 2, "seed": 7}, {"seed": 7}, {"n": 2}, {}):
             if (first := await post(sent)) and (second := await post(sent)):
                 break
         else:
-            raise self.limits.give_up(
-                f"{_place(role)} refuses every request: {refusal}. Correct the URL or the name of the model;"
-                " null leaves a parameter out, as in policy_top_p: null."
-            )
+            raise self.limits.give_up(f"{_place(role)} refuses every request: {refusal}.{_remedy(role, status)}")
         # Without finish reasons the usage shows whether a reply is complete, and that of several replies is one sum.
         several = len(choices_of(first)) == 2 and bool(choices_of(first)[0].get("finish_reason"))
         works = {"n": several, "seed": any(read_reply(first)[::3]) and read_reply(first) == read_reply(second)}
@@ -172,6 +181,17 @@ def _looks_like_key(secret: str) -> bool:
 
 def _place(role: Role) -> str:
     return f"{role.name}_base_url: {role.base_url} with {role.name}_model {role.model}"
+
+
+def _remedy(role: Role, status: int | None) -> str:
+    """Return what to do about a status; the message about a server that sent none has a remedy of its own."""
+    if status in (401, 403):
+        return f" Set {role.name}_api_key_env to the name of a variable with a valid key."
+    if status == 404:
+        return f" End {role.name}_base_url in /v1, as most servers do, or correct {role.name}_model."
+    if status in _REFUSED:
+        return f" Correct {role.name}_model; null leaves a parameter out, as in {role.name}_top_p: null."
+    return f" Check the server of {role.name}_base_url." if status else ""
 
 
 def _probe_request(role: Role) -> Request:

@@ -9,38 +9,11 @@ from jinja2 import Environment, StrictUndefined
 
 from apo_trl.pairs.config.settings import METHODS
 from apo_trl.pairs.statistics.table import table
-from apo_trl.pairs.text.filters import REVISION_REASONS
+from apo_trl.pairs.text.reasons import REASONS
 
-__all__ = ["REASONS", "card"]
+__all__ = ["card"]
 
 _SHOWN = 4000  # characters of a text in the example, as card.jinja says
-_REPLY = {
-    "truncated": "the answer was cut at max_tokens",
-    "filtered": "the server's content filter cut the answer",
-    "unfinished": "the server reports that the answer is not complete",
-    "empty": "the answer is empty",
-    "error": "the request failed after all retries; the next run sends it again",
-}
-REASONS = {
-    **{f"{role}_{end}": f"{role}: {why}" for role in ("policy", "reviser", "stronger") for end, why in _REPLY.items()},
-    **REVISION_REASONS,
-    "judge_error": f"judge: {_REPLY['error']}",
-    "judge_invalid": "the judge gave no readable verdict, even after a repair request",
-    "tie": "the judge finds the answers equally good, or their scores too close",
-    "disagreement": "the judge's verdict changes with the order in which the answers are shown",
-    "malformed": "the reviser's reply has no clear revision, even after a repair request",
-    "stronger_refused": "the stronger model refuses to answer",
-    "identical": "chosen and rejected are the same",
-    "identical_answers": "all answers to be ranked are the same",
-    "identical_after_truncation": "chosen and rejected are the same once cut to max_length",
-    "prompt_fills_max_length": "the prompt alone fills max_length",
-    "template_fails": "the tokenizer's chat template cannot render the conversation",
-    "bad_row": "the row cannot be used as it is",
-    "duplicate_prompt": "an earlier row has the same prompt",
-    "duplicate_id": "another row has the same id",
-    "not_asked": "the run stopped before this row",
-    "not_answered": "the row waits for the answers of a batch",
-}
 
 
 def card(report: Mapping[str, Any], example: Mapping[str, Any] | None, size: int) -> str:

@@ -15,7 +15,9 @@ from apo_trl.io.rows import degenerate_reason
 from apo_trl.io.tokenization import encode_pair
 from apo_trl.models.loading import load_tokenizer
 from apo_trl.pairs.config.settings import Settings
+from apo_trl.pairs.functions.process import source_of
 from apo_trl.pairs.llm.response_cache import ResponseCache
+from apo_trl.pairs.output.advice import advice
 from apo_trl.pairs.output.card import card
 from apo_trl.pairs.output.parquet import to_parquet
 from apo_trl.pairs.statistics.overlap import EvalSets, prompt_text
@@ -37,7 +39,7 @@ class Result(NamedTuple):
 
 def write(
     settings: Settings, store: ResponseCache, stopped: str = "", broken: bool = False,
-    servers: Mapping[str, str] = {}, thoughts: Mapping[str, int] = {},
+    servers: Mapping[str, str] = {}, thoughts: Mapping[str, int] = {}, repairs: Mapping[str, int] = {},
 ) -> Result:  # fmt: skip
     """Write `pairs.jsonl`, `pairs.parquet`, `report.json` and `README.md` from the rows of the cache."""
     folder = settings.folder
@@ -76,11 +78,21 @@ def write(
             "cost": sum(role["cost"] for role in roles.values()),
             "servers": dict(servers),
             "thoughts": dict(thoughts),
+            "repairs": {role: count for role, count in repairs.items() if count},
             "contrast": contrast,
             "settings": settings.described(),
+            "functions": {
+                role.name: {
+                    "function": role.public_model,
+                    "source": source_of(str(role.function)),
+                    "results": store.results(role.name),
+                }
+                for role in settings.functions
+            },
             **({"judge": judged} if judged else {}),
             **({"overlap": _by_file_name(overlap.summary())} if settings.eval_sets else {}),
         }
+        report["advice"] = [] if stopped else advice(report, settings)
         with _text_file(reported) as file:
             file.write(json.dumps(report, ensure_ascii=False, indent=2) + "\n")
         with _text_file(readme) as file:

@@ -13,7 +13,7 @@ import numpy as np
 
 from apo_trl.errors import InputError
 from apo_trl.io.completion import completion_text
-from apo_trl.io.readers import read_rows
+from apo_trl.io.readers import check_dataset, read_rows
 from apo_trl.pairs.statistics.statistics import words
 
 __all__ = ["EvalSets", "prompt_text"]
@@ -29,6 +29,7 @@ class EvalSets:
         self._hashes: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
         self._summary: dict[str, dict[str, Any]] = {}
         for path in paths:
+            check_dataset(path, "eval_sets")
             hashes, prompts = array("q"), 0
             try:
                 for prompts, row in enumerate(read_rows(path), start=1):

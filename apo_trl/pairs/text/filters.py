@@ -10,11 +10,16 @@ __all__ = ["REVISION_REASONS", "RevisionLimits", "is_refusal", "revision_reason"
 
 
 class RevisionLimits(NamedTuple):
-    """The limits of a revision's distance from its original, which apply if either has `slack` characters."""
+    """The limits of a revision's distance from its original, and the characters that may exceed them.
+
+    The defaults of the slacks keep all pairs of answers below 200 characters in five real datasets (docs/pairs.md).
+    """
 
     max_edit_distance: float = 0.85  # Levenshtein distance over the longer length
     max_length_ratio: float = 2.5  # the longer length over the shorter one
-    slack: int = 200
+    length_slack: int = 90
+    distance_slack: int = 12
+    shortened_slack: int = 4  # the distance's, if the revision is shorter: "Euros" may become a sentence, and not back
 
 
 REVISION_REASONS = {
@@ -42,14 +47,14 @@ def revision_reason(task: str, original: str, revision: str, limits: RevisionLim
     if _mentions_revision(task, original, revision):
         return "mentions_revision"
     shorter, longer = sorted((len(original), len(revision)))
-    limited = longer >= limits.slack
-    if limited and longer > limits.max_length_ratio * shorter:
+    if longer > limits.max_length_ratio * shorter + limits.length_slack:
         return "length_ratio"
     distance = Levenshtein.normalized_distance(original, revision, score_hint=0.1)  # exact; small edits are faster
     # Texts that share most of their characters share the language; identifying it costs more than all other rules.
     if distance > 0.3 and _changes_language(task, original, revision):
         return "changed_language"
-    return "too_far" if limited and distance > limits.max_edit_distance else None
+    slack = limits.shortened_slack if len(revision) < len(original) else limits.distance_slack
+    return "too_far" if distance * longer > limits.max_edit_distance * longer + slack else None
 
 
 _REFUSES = re.compile(

@@ -37,7 +37,9 @@ def parse_revision(reply: str, tag: str = "revision") -> Revision:
 
 _MARK = r"(?P<mark>[*_`]{1,3})?"
 _LINE_START = re.compile(r"(?:^|\n|</[^<>\n]*>)[ \t*_#>]*\Z")
-_MENTION = re.compile(r"[\W_]*(?:and|or|to)?[\W_]*", re.I)  # "between <revision> and </revision>", of a closing remark
+_LINE_END = re.compile(r"[\s*_`]*(?:\n|\Z)")
+_MENTION = re.compile(r"[\W_]*(?:and|or|to)?[\W_]*", re.I)  # "between <revision> and </revision>", in a remark or echo
+_PLACEHOLDER = re.compile(r"\W*(?:(?:the|your) )?(?:whole |full )?revised answer\W*", re.I)  # of the instructions
 _REASONING = r"(?:reasoning(?:-\d+)?|think(?:ing)?)>"
 _REASONING_ENDS = re.compile(rf"(?:(?!<{_REASONING}).)*?</{_REASONING}", re.I | re.S)
 
@@ -59,14 +61,28 @@ def _from_tags(reply: str, tag: str) -> Revision:
         if not opened:
             raise Malformed(f"it has </{tag}> more often than <{tag}>, so the end of the answer is not clear.")
         start = opened.pop()  # what an answer quotes is balanced
-        if not opened and not (answers and _MENTION.fullmatch(reply, start.end(), match.start())):
+        if not opened and not (
+            _MENTION.fullmatch(reply, start.end(), match.start()) and (answers or _inline(start, match))
+        ):
             answers.append((start, match))
     if opened:
         raise Malformed(f"it opens <{tag}> and does not close it with </{tag}>, so its end seems to be missing.")
+    if not answers:
+        return _from_headings(reply, tag)
     start, end = answers[-1]
     if _REASONING_ENDS.match(reply, end.end()):
         raise Malformed(f"it has <{tag}> inside its reasoning only, and no revised answer after it.")
-    return Revision(_rationale(reply[: start.start()]), _body(reply[start.end() : end.start()]))
+    body = _body(reply[start.end() : end.start()])
+    if _PLACEHOLDER.fullmatch(body):
+        raise Malformed(f"it repeats the instructions, and has no revised answer between <{tag}> and </{tag}>.")
+    return Revision(_rationale(reply[: start.start()]), body)
+
+
+def _inline(start: re.Match[str], end: re.Match[str]) -> bool:
+    """Return whether a sentence goes on around two tags on one line, whose text is then not an answer."""
+    reply = start.string
+    alone = _LINE_START.search(reply, max(0, start.start() - 99), start.start()) and _LINE_END.match(reply, end.end())
+    return not alone and "\n" not in reply[start.end() : end.start()]
 
 
 def _heading(words: str) -> re.Pattern[str]:

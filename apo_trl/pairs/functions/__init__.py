@@ -1,0 +1,1 @@
+"""Functions of the user in the place of a model, in processes of their own."""
