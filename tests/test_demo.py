@@ -108,6 +108,15 @@ def test_the_demo_on_another_model(model_dir, tmp_path, capsys):
     assert set(summary["before"].values()) == {0}
     assert summary["seconds"] > 0
     screen = capsys.readouterr().out
+    assert "{" not in screen
+    assert "Trained to step 2 in " in screen
+    assert "computed in bfloat16" in screen
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert "rewards/margins" in state["log_history"][0]
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["beta"] == 0.5
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Anchored Preference Optimization" in card
+    assert "[More Information Needed]" not in card
     assert all(key in screen for key in keys)
     assert screen.count("before: ") == 2
     from PIL import Image

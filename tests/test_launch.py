@@ -7,6 +7,7 @@ processes add up gradients in another order than one does, so the curves agree t
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -112,8 +113,7 @@ def test_two_processes(workplace, alone, model_dir, hardware, method):
         assert [entry[key] for entry in got] == pytest.approx([entry[key] for entry in expected], abs=close, rel=close)
     assert min(entry["apo/tokens_saved"] for entry in got) > 1.1
     assert done.stderr.count("padding_free: attention by scaled_dot_product_attention") == 1
-    # Every step is printed once, and not once a process.
-    assert done.stdout.count("'apo/chosen_up'") == STEPS
+    assert done.stdout.count(f"Trained to step {STEPS} in ") == 1  # and not once a process
 
     trained, untrained = logps(alone(method), model_dir), logps(model_dir, model_dir)
     assert (trained - untrained).abs().max() > 0.05
@@ -153,6 +153,6 @@ def test_every_recipe_trains(workplace, model_dir, name, tmp_path, monkeypatch):
         done = command(BIN / "accelerate", "launch", "--config_file", CPU, *script, copy, *exchanged)
         assert ("calls of a variable-length function" in done.stdout) == flash
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("'grad_norm'") == 2
-    assert done.stdout.count("'apo/tokens_saved'") == (0 if "unpaired" in name else 2)
+    (end,) = re.findall("Trained to step 2 .*", done.stdout)
+    assert ("tokens saved" in end) == ("unpaired" not in name)
     assert list((tmp_path / "out").glob("*.safetensors"))

@@ -675,7 +675,7 @@ def test_two_processes(train, stored, model_dir, tmp_path, hardware, peft):
         start += ["--num_machines", 1, "--mixed_precision", "no", "-m", "apo_trl.train"]
         done = command(*start, *given)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("'grad_norm'") == 2
+        assert done.stdout.count("Trained to step 2 ") == 1
         return done.stderr
 
     assert "0 of 7 pairs from the cache" in launch(7, 1e-3)

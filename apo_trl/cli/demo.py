@@ -6,13 +6,16 @@ from apo_trl.cli.options import add_command, positive_int
 
 
 def add(commands: Any) -> None:
-    parser = add_command(commands, "demo", run, "train a small model with APO on a CPU, in minutes", "--max_steps 48")
+    help, files = "train a small model with APO on a CPU, in minutes", ("packaged pairs", "an adapter and report.png")
+    parser = add_command(commands, "demo", run, help, "--max_steps 48", *files)
     parser.add_argument("--model", help="a model folder or hub name (default: the packaged SmolLM2-135M-Instruct)")
     parser.add_argument("--output_dir", default="runs/demo", metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--max_steps", type=positive_int, metavar="N", help="(default: the recipe's)")
 
 
-def run(**options: Any) -> None:
+def run(output_dir: str, **options: Any) -> None:
     from apo_trl.demo import run_demo
+    from apo_trl.training.lock import output_lock
 
-    run_demo(**options)
+    with output_lock(output_dir):
+        run_demo(output_dir, **options)

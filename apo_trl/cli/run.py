@@ -1,19 +1,18 @@
 """`apo-trl run`."""
 
-import argparse
 from typing import Any
 
 from apo_trl.cli.options import add_command
+from apo_trl.run import add_arguments
 
 
 def add(commands: Any) -> None:
     help, example = "run a TRL script with the losses registered", "my_dpo.py --loss_type apo_zero_norm"
-    parser = add_command(commands, "run", run, help, example)
-    parser.add_argument("script", metavar="SCRIPT", help="path of a Python file")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
+    files = "the script, and what it reads; a local file, too, in its load_dataset", "what the script writes"
+    add_arguments(add_command(commands, "run", run, help, example, *files))
 
 
-def run(script: str, arguments: list[str]) -> None:
-    from apo_trl.run import main
+def run(**options: Any) -> None:
+    from apo_trl.run import run_script
 
-    main([script, *arguments])
+    run_script(**options)

@@ -14,6 +14,7 @@ from apo_trl.io.resources import DEMO_PAIRS
 from apo_trl.metrics import regimes
 from apo_trl.models.packaged import smollm2
 from apo_trl.training.console import quiet_libraries
+from apo_trl.training.threads import choose_threads
 
 __all__ = ["run_demo"]
 
@@ -21,16 +22,19 @@ __all__ = ["run_demo"]
 def run_demo(output_dir: str, *, model: str | None = None, max_steps: int | None = None) -> dict[str, Any]:
     """Train on the demo pairs, compare held-out pairs before and after, and return what `summary.json` holds.
 
-    Writes the adapter, `report.png` and `summary.json` to `output_dir`.
+    Writes the adapter, `report.png`, `summary.json`, and what `apo-trl report` reads, to `output_dir`.
     """
     if find_spec("matplotlib") is None:
         raise InputError("matplotlib: required for the demo's report, not found. Run `pip install 'apo-trl[demo]'`.")
     started, folder = time.monotonic(), Path(output_dir)
     os.environ.setdefault("HF_HUB_OFFLINE", "1" if model is None else "0")  # the packaged model needs no hub
+    choose_threads()
     quiet_libraries()
     from apo_trl.evaluation.report import draw_report
     from apo_trl.training.arguments import parse
+    from apo_trl.training.progress import show_progress
 
+    show_progress()
     arguments = ["smollm2-135m/demo", "--dataset_name", str(DEMO_PAIRS), "--output_dir", output_dir]
     arguments += ["--model_name_or_path", model or str(smollm2())]
     run, _ = parse(arguments + ([] if max_steps is None else ["--max_steps", str(max_steps)]))
@@ -49,6 +53,8 @@ def run_demo(output_dir: str, *, model: str | None = None, max_steps: int | None
     trainer.train()
     after, new_answers = evaluate("after")
     trainer.save_model(output_dir)
+    trainer.create_model_card(folder.name)  # in the place of PEFT's empty one
+    trainer.save_state()  # the logs, for `apo-trl report`
     draw_report(history + trainer.state.log_history, points, folder / "report.png", beta=beta)
     summary = {"seconds": round(time.monotonic() - started, 1), "before": before, "after": after}
     write_json(folder / "summary.json", summary)
@@ -57,17 +63,17 @@ def run_demo(output_dir: str, *, model: str | None = None, max_steps: int | None
     for name, value in after.items():
         form = "10.3f" if "/" in name else "10.0%"
         print(f"  {name:<18}{before[name]:{form}}{value:{form}}")
-    print("  (rewards are beta x log-ratio: 0 is the reference, the anchor; the others are shares of pairs)")
+    dtype = str(trainer.model.dtype).removeprefix("torch.")
+    print(f"  (means over pairs, computed in {dtype}; rewards are beta x log-ratio: 0 is the reference, the anchor)")
     for question, old, new in zip(questions, old_answers, new_answers, strict=True):
         print(f"\n  {question[-1]['content']}\n    before: {old}\n    after:  {new}")
     print(f"\n{summary['seconds']:.0f} s. See {folder / 'report.png'}; the adapter and summary.json are beside it.")
+    print(f"All that was logged: apo-trl report {folder}")
     return summary
 
 
 def _build_trainer(run: Any) -> tuple[Any, list[tuple[float, float]]]:
     """Build the trainer, and the list to which it appends the two log-ratios of each evaluated pair."""
-    from transformers import ProgressCallback
-
     from apo_trl.trainer import APOTrainer
     from apo_trl.training.script import make_trainer
 
@@ -80,16 +86,7 @@ def _build_trainer(run: Any) -> tuple[Any, list[tuple[float, float]]]:
                 chosen, rejected = pairs["chosen_logratios"].tolist(), pairs["rejected_logratios"].tolist()
                 points.extend(zip(chosen, rejected, strict=True))
 
-    class Progress(ProgressCallback):  # TRL's prints thirty metrics at every logging step
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if self.training_bar is not None and logs and "rewards/chosen" in logs:
-                chosen, rejected = logs["rewards/chosen"], logs["rewards/rejected"]
-                self.training_bar.set_postfix_str(f"chosen={chosen:+.2f}, rejected={rejected:+.2f}")
-
-    trainer = make_trainer(run, Trainer)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress)
-    return trainer, points
+    return make_trainer(run, Trainer), points
 
 
 def _summarise(points: list[tuple[float, float]], beta: float) -> dict[str, float]:

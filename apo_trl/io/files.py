@@ -7,8 +7,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from apo_trl.errors import InputError
-
 __all__ = ["atomic_write", "write_json"]
 
 
@@ -25,9 +23,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield beside
         os.replace(beside, path)
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}). Free space or change the path."
-        ) from error
+        from apo_trl.io.disk import write_error
+
+        raise write_error(path, error.strerror or str(error)) from error
     finally:
         with suppress(OSError):  # a parent that is a file
             beside.unlink(missing_ok=True)

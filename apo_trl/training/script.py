@@ -1,16 +1,23 @@
 """Build the trainer of a run, train, and save."""
 
-import signal
+import contextlib
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from apo_trl.errors import InputError, nearest
+from apo_trl.io.disk import full_disk_error
+from apo_trl.io.messages import one_line
 from apo_trl.io.readers import load_dataset_splits, loading_errors
+from apo_trl.io.run_record import changed_settings
 from apo_trl.training.arguments import Run
-from apo_trl.training.checkpoints import last_checkpoint, resume_from
-from apo_trl.training.run_record import write_run
+from apo_trl.training.checkpoints import resume_from, resume_hint, start_line, write_older_checkpoints
+from apo_trl.training.console import ignore_signals, is_local_main_process
+from apo_trl.training.lock import output_lock
+from apo_trl.training.movement import hardly_moved_after
 
-__all__ = ["load_run_dataset", "make_trainer", "train"]
+__all__ = ["load_run_dataset", "make_trainer", "select_splits", "train"]
 
 
 def make_trainer(run: Run, trainer_class: Any = None) -> Any:
@@ -31,42 +38,81 @@ def make_trainer(run: Run, trainer_class: Any = None) -> Any:
     load_config(name, **source)
     source |= {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
     training.model_init_kwargs = source | (training.model_init_kwargs or {})
-    dataset = load_run_dataset(run)
-    evaluates = training.eval_strategy != "no"
-    return (trainer_class or APOTrainer)(
-        model=name,
-        args=training,
-        train_dataset=_split(dataset, "dataset_train_split", script.dataset_train_split),
-        eval_dataset=_split(dataset, "dataset_test_split", script.dataset_test_split) if evaluates else None,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-    )
+    train_dataset, eval_dataset = select_splits(load_run_dataset(run), run)
+    with _library_errors():
+        trainer = (trainer_class or APOTrainer)(
+            model=name,
+            args=training,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
+    settings = changed_settings(script) | changed_settings(model)
+    trainer.run_record |= {"settings": settings} | ({"dataset": script.dataset_name} if script.dataset_name else {})
+    return trainer
+
+
+@contextlib.contextmanager
+def _library_errors() -> Iterator[None]:
+    """Turn what a library raises for a setting, while the trainer is built, into an InputError of one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk
+            raise
+        fault = f"The trainer cannot be built, {type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{fault}. Change the setting; --traceback shows where.") from error
 
 
 def train(run: Run) -> None:
     """Train, save the model, and push it to the hub if `push_to_hub` is set."""
+    output_dir, is_writer = run.training.output_dir, run.training.process_index == 0
+    start = resume_from(run.training.resume_from_checkpoint, output_dir)
+    lock = output_lock(output_dir) if is_writer else contextlib.nullcontext()
+    with contextlib.ExitStack() as stack, _with_resume_hint(output_dir):
+        if exists := Path(output_dir).is_dir():
+            stack.enter_context(lock)
+        if is_writer:
+            print(start_line(start, output_dir), flush=True)
+        trainer = make_trainer(run)
+        if not exists:  # until here nothing is written
+            stack.enter_context(lock)
+        if is_writer:
+            write_older_checkpoints(start, output_dir)
+        _train(trainer, run, start)
+
+
+@contextlib.contextmanager
+def _with_resume_hint(output_dir: str) -> Iterator[None]:
+    """End an interruption and a full disk in one line that says how to resume."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        ignore_signals()
+        raise KeyboardInterrupt(f" {resume_hint(output_dir)}") from error
+    except Exception as error:  # safetensors, torch and transformers each raise another one for a full disk
+        problem = full_disk_error(Path(output_dir), error)
+        if problem is None or not is_local_main_process():
+            raise
+        raise InputError(f"{problem} {resume_hint(output_dir)}") from error
+
+
+def _train(trainer: Any, run: Run, start: str | None) -> None:
     import transformers
     from packaging.version import Version
 
     output_dir = run.training.output_dir
-    start = resume_from(run.training.resume_from_checkpoint, output_dir)
-    trainer = make_trainer(run)
     if run.script.ignore_bias_buffers:
         masks = [name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"]
         trainer.model._ddp_params_and_buffers_to_ignore = masks
-    if trainer.accelerator.is_main_process:
-        write_run(run)
-    try:
-        trainer.train(resume_from_checkpoint=start)
-    except KeyboardInterrupt as error:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torch's launcher sends a second one
-        hint = " No checkpoint to resume from yet; save_steps sets how often one is written."
-        if checkpoint := last_checkpoint(output_dir):
-            hint = f" To resume from {checkpoint}, add --resume_from_checkpoint true to the same command."
-        raise KeyboardInterrupt(hint) from error
+    trainer.train(resume_from_checkpoint=start)
     trainer.save_model(output_dir)
     trainer.save_state()  # the logs, for `apo-trl report`
-    trainer.accelerator.print(f"Saved to {output_dir}.")
+    trainer.create_model_card(Path(output_dir).name, run.script.dataset_name)  # in the place of PEFT's empty one
+    trainer.accelerator.print(f"Saved to {output_dir}. {hardly_moved_after(trainer)}".rstrip())
     if run.training.push_to_hub:
         trainer.push_to_hub(dataset_name=run.script.dataset_name)
     if Version(transformers.__version__) >= Version("5.18"):  # goes when that is the floor
@@ -88,9 +134,16 @@ def load_run_dataset(run: Run) -> Any:
     return load_dataset_splits(name, config=run.script.dataset_config, streaming=run.script.dataset_streaming)
 
 
-def _split(dataset: Any, field: str, split: str) -> Any:
-    if split not in dataset:
-        remedy = f"{nearest(split, dataset)} Set one of {list(dataset)}"
+def select_splits(dataset: Any, run: Run) -> tuple[Any, Any]:
+    """Return the splits that a run trains and evaluates on, the second None without evaluation."""
+    train = _split(dataset, "dataset_train_split", run.script.dataset_train_split)
+    evaluates = run.training.eval_strategy != "no"
+    return train, _split(dataset, "dataset_test_split", run.script.dataset_test_split) if evaluates else None
+
+
+def _split(dataset: Any, field: str, name: str) -> Any:
+    if name not in dataset:
+        remedy = f"{nearest(name, dataset)} Set one of {list(dataset)}"
         no_eval = ", or eval_strategy: 'no'" if field == "dataset_test_split" else ""
-        raise InputError(f"{field}: the dataset has no split '{split}'.{remedy}{no_eval}.")
-    return dataset[split]
+        raise InputError(f"{field}: the dataset has no split '{name}'.{remedy}{no_eval}.")
+    return dataset[name]
