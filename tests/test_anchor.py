@@ -200,8 +200,8 @@ def test_training_takes_what_it_writes(tmp_path, train):
             ["--judge", "j", "--judge_base_url", "http://127.0.0.1:1/v1", "--policy_response", "no"],
             "--policy_response: row 1 has no 'no'",
         ),
-        (["--judge", "j", "--judge_base_url", "nonsense"], "judge_base_url: invalid URL"),
-        (["--dataset", "no.jsonl"], "no.jsonl: file not found"),
+        (["--judge", "j", "--judge_base_url", "nonsense"], "judge_base_url: must start with http://"),
+        (["--dataset", "no.jsonl"], "dataset: file no.jsonl not found"),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence(more, words, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from datetime import UTC, datetime
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +16,10 @@ from apo_trl.errors import InputError
 from apo_trl.evaluation.evaluate import evaluate, summarise, table
 from apo_trl.evaluation.intervals import mean_interval, probability_between, wilson
 from apo_trl.metrics import pair_metrics, regime
-from apo_trl.models.loading import load_policy
+from apo_trl.models.loading import find_model, load_config, load_policy, load_tokenizer
 from apo_trl.models.merge import merge
+from apo_trl.models.packaged import MODEL_NAME
+from apo_trl.training.movement import hardly_moved, hardly_moved_by_log, movement_of
 
 TEXTS = [
     {"prompt": "Two and two", "chosen": " are four", "rejected": " are five, I think"},
@@ -235,7 +238,7 @@ def test_rows_are_cut_as_in_training(model_dir, other_dir, tmp_path, data):
 def test_the_command(adapter, data, capsys):
     cli.main(["evaluate", "--model", str(adapter), "--dataset", str(data), "--limit", "5"])
     out = capsys.readouterr().out
-    assert "5 pairs" in out
+    assert "5 evaluated pairs, computed in float32" in out
     assert f"Each pair: {adapter / 'evaluation.parquet'}" in out
     written = pq.read_table(adapter / "evaluation.parquet").to_pylist()
     assert written == evaluate(str(adapter), str(data), limit=5)
@@ -287,6 +290,8 @@ def test_a_summary_worked_by_hand():
     ratios = [(2.0, -1.0), (1.0, 0.5), (-1.0, -3.0), (-4.0, -5.0), (-2.0, 1.0)]
     made = [
         {"id": str(at), "chosen_logratio": c, "rejected_logratio": r, "margin": c - r, "regime": regime(c, r)}
+        | {"chosen_logratio_per_token": c / 4, "rejected_logratio_per_token": r / 9}
+        | {"dtype": "float32", "trained_on": at == 0}
         for at, (c, r) in enumerate(ratios)
     ]
     summary = summarise(made)
@@ -298,7 +303,142 @@ def test_a_summary_worked_by_hand():
     assert [row["id"] for row in summary["displaced"]] == ["3", "2"]
     text = table(json.loads(json.dumps(summary)))
     assert "displaced                 40%" in text
+    assert text.splitlines()[0] == "5 pairs (1 trained on), computed in float32"
     assert text.splitlines()[-2].split() == ["3", "chosen", "-4.00,", "rejected", "-5.00"]
+    assert summary["hardly_moved"] == ""
+    # |log-ratio| / sqrt(tokens): 10 / 2 and 10.5 / 3 over ten answers.
+    assert movement_of(made) == pytest.approx((5 + 3.5) / 10)
+    still = [row | {name: row[name] / 100 for name in row if "logratio" in name or name == "margin"} for row in made]
+    record = {"settings": {"learning_rate": 5e-6, "max_steps": 30}}
+    assert table(summarise(still, record)).endswith("Increase learning_rate (now 5e-06) or max_steps (now 30).")
+
+
+def test_the_threshold_is_for_answers_of_any_length_and_either_direction():
+    def pair(nats, tokens):
+        sides = {"chosen": nats, "rejected": nats}  # displaced as a whole: a margin of 0
+        return {f"{side}_logratio": value for side, value in sides.items()} | {
+            f"{side}_logratio_per_token": value / tokens for side, value in sides.items()
+        }
+
+    for nats, tokens, still in ((0.04, 1, True), (0.06, 1, False), (-0.4, 100, True), (-0.6, 100, False)):
+        assert bool(hardly_moved(movement_of([pair(nats, tokens)]))) is still, (nats, tokens)
+    assert not hardly_moved(math.nan)
+
+
+def test_a_log_is_judged_by_its_furthest_step():
+    def entry(nats, prefix=""):
+        values = {"rewards/chosen": 0.5 * nats, "rewards/rejected": -0.5 * nats}
+        values |= {"apo/chosen_logratio_per_token": nats / 25, "apo/rejected_logratio_per_token": -nats / 25}
+        return {prefix + name: value for name, value in values.items()}
+
+    assert hardly_moved_by_log([entry(0.0), entry(0.2), {"train_loss": 1.0}], beta=0.5, steps=2)  # 0.04
+    assert not hardly_moved_by_log([entry(0.3), entry(0.0)], beta=0.5)
+    assert not hardly_moved_by_log([entry(0.0), entry(0.3, "eval_")], beta=0.5)
+    assert not hardly_moved_by_log([entry(0.0)], beta=None)  # nor without metrics
+    assert not hardly_moved_by_log([{"loss": 1.0}], beta=0.5)
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [("same", [True] * 7), ("others", [False] * 7), ("some", [True] * 3 + [False] * 4), ("moved", [None] * 7),
+     ("changed", [None] * 7), ("not recorded", [None] * 7)],
+)  # fmt: skip
+def test_which_pairs_were_trained_on(trained, expected, adapter, data, tmp_path):
+    """Read from the dataset in run.json, of the run or above a checkpoint; unknown is not held out."""
+    others = [row | {"chosen": [{"role": "assistant", "content": "Other"}]} for row in rows(7)]
+    source = tmp_path / "gone.jsonl" if trained == "moved" else data
+    if used := {"others": others, "some": rows(7)[:3] + others[3:]}.get(trained):
+        source = write(tmp_path / "trained.jsonl", used)
+    if trained != "not recorded":
+        date = "2001-01-01T00:00:00+00:00" if trained == "changed" else datetime.now(UTC).isoformat(timespec="seconds")
+        record = {"dataset": str(source), "settings": {}, "versions": {}, "date": date}
+        (adapter / "run.json").write_text(json.dumps(record))
+    found = evaluate(str(adapter), str(data))
+    assert [row["trained_on"] for row in found] == expected
+    assert {row["dtype"] for row in found} == {"float32"}
+    assert ("held-out" in summarise(found)["described"]) is (trained == "others")
+
+
+def test_the_two_splits_of_one_dataset(adapter, tmp_path):
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    write(folder / "train.jsonl", rows(7)[:4])
+    write(folder / "test.jsonl", rows(7)[4:])
+    (adapter / "run.json").write_text(json.dumps({"dataset": str(folder), "settings": {}, "versions": {}}))
+    assert [row["trained_on"] for row in evaluate(str(adapter), str(folder))] == [False] * 3
+    assert [row["trained_on"] for row in evaluate(str(adapter), str(folder), split="train")] == [True] * 4
+
+
+@pytest.mark.parametrize(("rate", "still"), [("1e-8", True), ("1e-2", False)])
+def test_after_training_the_end_the_evaluation_and_the_report_agree(rate, still, model_dir, data, tmp_path, capsys):
+    from apo_trl.evaluation.report import report
+    from apo_trl.training.arguments import parse
+    from apo_trl.training.script import train
+
+    folder = tmp_path / "run"
+    options = {"model_name_or_path": model_dir, "dataset_name": data, "output_dir": folder, "learning_rate": rate}
+    options |= {"max_steps": 4, "logging_steps": 1, "beta": 0.5, "report_to": "none", "save_strategy": "no"}
+    options |= {"use_peft": "true", "lora_target_modules": "all-linear", "use_cpu": "true", "bf16": "false"}
+    train(parse([part for name, value in options.items() for part in (f"--{name}", str(value))])[0])
+    ends = [capsys.readouterr().out]
+    card = (folder / "README.md").read_text()
+    assert "[More Information Needed]" not in card  # PEFT's
+    assert "2408.06266" in card
+
+    cli.main(["evaluate", "--model", str(folder), "--dataset", str(data)])
+    ends.append(capsys.readouterr().out)
+    assert ends[1].startswith("7 pairs that were trained on, computed in float32")
+    ends.append(report([str(folder)], str(tmp_path / "report.html")).read_text())
+    assert "7 pairs that were trained on, in float32" in ends[2]
+    assert "in float32, no autocast" in ends[2]
+    assert [f"Increase learning_rate (now {float(rate):g}) or max_steps (now 4)" in end for end in ends] == [still] * 3
+
+
+class TestNamesOfModels:
+    @pytest.fixture
+    def runs(self, adapter, tmp_path, monkeypatch):
+        """The folder `runs` with one run and its checkpoint."""
+        import shutil
+
+        monkeypatch.chdir(tmp_path)
+        shutil.copytree(adapter, "runs/first")
+        shutil.copytree(adapter, "runs/first/checkpoint-2")
+        return tmp_path
+
+    @pytest.mark.parametrize("name", ["runs/first", "runs/first/", "runs/first/checkpoint-2", "org/name", "name"])
+    def test_folders_and_hub_names_are_as_they_are(self, name, runs):
+        assert find_model(name, "--model") == name
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("runs", r"--model: runs has no adapter_config.json or config.json. Set runs/first.*checkpoint-2\.$"),
+            ("out", r"--model: out has no adapter_config.json or config.json. Check the name"),
+            ("pairs.jsonl", r"--model: pairs.jsonl has no adapter_config.json or config.json\."),
+            ("./runs/frist", r"--model: folder not found, got '\./runs/frist'. Did you mean 'runs/first'\?"),
+        ],
+    )
+    def test_what_holds_no_model_is_one_sentence_before_anything_loads(self, name, message, runs, data):
+        with pytest.raises(InputError, match=message):
+            evaluate(name, str(data))
+        with pytest.raises(InputError, match=message.replace("--model", "--reference")):
+            evaluate("runs/first", str(data), reference=name)
+
+    @pytest.mark.parametrize("name", ["runs/frist", "org/name"])
+    def test_a_hub_name_without_a_network(self, name, runs, data):
+        message = f"--reference: {name} cannot be loaded, because .* the Hub cannot be reached. .*Check the name"
+        with pytest.raises(InputError, match=message) as found:
+            evaluate("runs/first", str(data), reference=name)
+        assert ("Did you mean 'runs/first'?" in str(found.value)) is (name == "runs/frist")
+
+    def test_the_packaged_model_by_its_name(self, model_dir, adapter, tmp_path, monkeypatch):
+        monkeypatch.setattr("apo_trl.models.packaged.smollm2", lambda: model_dir)
+        tokens = len(load_tokenizer(str(model_dir)))
+        assert load_config(MODEL_NAME).vocab_size == load_config(str(model_dir)).vocab_size
+        assert len(load_tokenizer(MODEL_NAME)) == len(load_policy(MODEL_NAME, device="cpu")[1]) == tokens
+        assert merge(str(adapter), str(tmp_path / "merged"), base=MODEL_NAME)
+        data = write(tmp_path / "x.jsonl", rows(2))
+        assert {row["margin"] for row in evaluate(MODEL_NAME, str(data), reference=MODEL_NAME)} == {0.0}
 
 
 @pytest.mark.parametrize("chosen", [-1.0, 0.0, 1.0, 2.0])

@@ -188,9 +188,16 @@ class TestResults:
         assert "docs/metrics.md" in page.text
         assert page.row("Steps") == ["30"]
         assert page.row("Last training loss") == ["0.9000"]
-        assert page.row("Held-out reward of chosen") == ["+0.500"]
-        assert page.row("Held-out reward of rejected") == ["-1.000"]
-        assert page.row("Held-out accuracy") == ["75.0%"]
+        assert page.row("Accuracy") == ["90.0% (59.6% to 98.2%) 9 of 10"]
+        assert page.row("Evaluated") == ["10 evaluated pairs, in a precision that is not recorded"]
+        assert "75.0%" not in page.text  # the accuracy of the log, of the same model
+
+    @pytest.mark.parametrize(("apo", "over"), [(True, "pairs"), (False, "batches")])
+    def test_without_an_evaluation_of_each_pair_the_means_of_the_log(self, apo, over, tmp_path, make):
+        page = make(write_run(tmp_path / "run", history(apo=apo)))
+        assert page.row("Reward of chosen in training") == [f"+0.500 mean over {over}"]
+        assert page.row("Reward of rejected in training") == [f"-1.000 mean over {over}"]
+        assert page.row("Accuracy in training") == [f"75.0% mean over {over}"]
 
     @pytest.mark.parametrize(
         ("of_ten", "expected"),
@@ -202,29 +209,20 @@ class TestResults:
         assert page.row("Displaced pairs") == [expected]
         assert page.row("Separated pairs")[0].endswith("0 of 10")
 
-    def test_settings_that_are_not_recorded_are_the_defaults(self, run, make):
-        from apo_trl import APOConfig
-
-        config = APOConfig("unused", use_cpu=True, bf16=False)
-        page = make(run)
-        assert page.row("Loss") == [f"{config.loss_type[0]} (default)"]
-        assert page.row("beta") == [f"{config.beta} (default)"]
-        assert page.row("Learning rate") == [f"{config.learning_rate} (default)"]
-
     def test_settings_that_are_recorded(self, tmp_path, make):
         mixture = record(loss_type=["apo_zero", "sft"], loss_weights=[1.0, 0.1], beta=0.5, learning_rate=2e-4)
-        one = record(loss_type=["sigmoid"])
+        one = record(loss_type=["sigmoid"], beta=0.1)
         page = make(
             write_run(tmp_path / "a", history(), run=mixture),
             write_run(tmp_path / "b", history(), run=one),
             write_run(tmp_path / "c", history(apo=False), run=record()),  # of single answers, with other defaults
         )
         assert page.row("Loss") == ["apo_zero, sft", "sigmoid", "default"]
+        assert "different beta (0.1, 0.5, default)" in page.section("Rewards")
         assert page.rows[1] == ["Loss", *page.row("Loss")]
         beta, setting = (row[1:] for row in page.rows if row[0] == "beta")
-        assert beta == ["0.5", "0.1 (default)", "default"]
-        assert setting == ["0.5", "default", "default"]
-        assert page.row("Learning rate") == ["0.0002", "1e-06 (default)", "default"]
+        assert beta == setting == ["0.5", "0.1", "default"]
+        assert page.row("Learning rate") == ["0.0002", "default", "default"]
         assert page.row("loss_weights") == ["1.0, 0.1", "default", "default"]
 
     def test_without_a_record_the_log_tells_what_it_can(self, tmp_path, make):
@@ -248,7 +246,7 @@ class TestResults:
     def test_an_evaluation_before_the_end_says_so(self, tmp_path, make):
         log = [entry for entry in history() if not (entry["step"] == 30 and "eval_loss" in entry)]
         page = make(write_run(tmp_path / "run", log))
-        assert page.row("Held-out reward of chosen") == ["+0.333 at step 20"]
+        assert page.row("Reward of chosen in training") == ["+0.333 at step 20 mean over pairs"]
 
     @pytest.mark.parametrize("kind", ["ours", "plain"])
     def test_several_evaluation_sets(self, kind, two_sets, make):
@@ -258,23 +256,97 @@ class TestResults:
             (*_, last) = (entry for entry in log if f"eval_{name}_loss" in entry)
             prefix = f"eval_{name}_" if kind == "ours" else "eval_"
             for label, key, form in (
-                ("reward of chosen", "chosen", "+.3f"), ("reward of rejected", "rejected", "+.3f"),
-                ("accuracy", "accuracies", ".1%"),
+                ("Reward of chosen", "chosen", "+.3f"), ("Reward of rejected", "rejected", "+.3f"),
+                ("Accuracy", "accuracies", ".1%"),
             ):  # fmt: skip
-                assert page.row(f"Held-out {label}: {name}") == [format(last[f"{prefix}rewards/{key}"], form)]
+                expected = (
+                    f"{last[f'{prefix}rewards/{key}']:{form}} mean over {'pairs' if kind == 'ours' else 'batches'}"
+                )
+                assert page.row(f"{label} in training: {name}") == [expected]
             if kind == "ours":
-                assert f"Held-out pairs: {name}" in page.section("Regimes")
+                assert f"Evaluation pairs: {name}" in page.section("Regimes")
                 number = 1 + (name == "harm_less")
                 assert [*page.path.parent.glob(f"report_figures/regimes-{number:02}-*{name}.png")]
-        help, harmless = (page.row(f"Held-out reward of chosen: {name}") for name in ("help", "harm_less"))
+        help, harmless = (page.row(f"Reward of chosen in training: {name}") for name in ("help", "harm_less"))
         assert help != harmless
-        assert not [row for row in page.rows if row[0] == "Held-out reward of chosen"]
+        assert not [row for row in page.rows if row[0] == "Reward of chosen in training"]
 
     def test_runs_on_different_pairs_are_not_to_be_compared(self, tmp_path, make):
         same = [write_run(tmp_path / name, history(), rows=pairs(separated=2)) for name in "ab"]
         assert "different pairs" not in make(*same).text
         other = write_run(tmp_path / "c", history(), rows=pairs(displaced=2))
         assert "evaluated on different pairs, so their shares cannot be compared" in make(*same, other).text
+
+
+class TestConclusion:
+    """The first section: a sentence for each run, by what was evaluated, else by the log."""
+
+    def test_evaluated_pairs(self, tmp_path, make):
+        rows = [row | {"dtype": "float32", "trained_on": False} for row in pairs(separated=3, displaced=1)]
+        settings = record(
+            loss_type=["apo_zero"], beta=0.1, precision="bfloat16, no autocast", label_names=[], seed=None
+        )
+        page = make(write_run(tmp_path / "run", history(), rows=rows, run=settings | {"date": "2026-01-02T03:04:05"}))
+        assert page.section("Conclusion") == (
+            "APO-zero separated 75% of 4 held-out pairs and displaced 25%; chosen answers rose by 1.0 nats, rejected "
+            "answers fell by 3.0 nats; computed in float32. Model some/model; data some-pairs; started "
+            "2026-01-02T03:04:05."
+        )
+        assert page.row("Evaluated") == ["4 held-out pairs, in float32"]
+        assert page.row("Trained") == ["in bfloat16, no autocast"]
+        assert not {"label_names", "seed"} & {row[0] for row in page.rows}  # they are empty
+
+    @pytest.mark.parametrize(
+        ("trained", "expected"),
+        [
+            ([False, False], "2 held-out pairs"),
+            ([True, True], "2 pairs that were trained on"),
+            ([False, True], "2 pairs (1 trained on)"),
+            ([None, None], "2 evaluated pairs"),
+        ],
+    )
+    def test_only_pairs_that_were_not_trained_on_are_held_out(self, trained, expected, tmp_path, make):
+        rows = [row | {"trained_on": each} for row, each in zip(pairs(separated=2), trained, strict=True)]
+        page = make(write_run(tmp_path / "run", history(), rows=rows))
+        assert f"separated 100% of {expected} and" in page.section("Conclusion")
+        assert ("held-out" in page.text.lower()) is (trained == [False, False])
+
+    def test_without_evaluated_pairs(self, tmp_path, make):
+        page = make(write_run(tmp_path / "run", history(), run=record(loss_type=["apo_zero_norm", "sft"], beta=0.5)))
+        sentence = page.section("Conclusion")
+        assert sentence.startswith("APO-zero-norm + sft separated 50% of the pairs of the last evaluation in training")
+        assert "chosen answers rose by 1.0 nats, rejected answers fell by 2.0 nats" in sentence  # +0.5 and -1 by 0.5
+        page = make(write_run(tmp_path / "plain", history(apo=False)))
+        assert "run `apo-trl evaluate`" in page.section("Conclusion")
+
+    @pytest.mark.parametrize(("nats", "still"), [(0.006, True), (2.0, False)])
+    @pytest.mark.parametrize("evaluated", [True, False])
+    def test_a_run_that_hardly_moved_has_no_shares(self, nats, still, evaluated, tmp_path, make):
+        log = [{"step": at} | metrics(0.1 * nats, -0.1 * nats, prefix="eval_") for at in (1, 2)]
+        for entry in log:
+            entry |= {
+                "eval_apo/chosen_logratio_per_token": nats / 10,
+                "eval_apo/rejected_logratio_per_token": -nats / 20,
+            }
+        rows = [pair("p", chosen_logratio=nats, rejected_logratio=-nats)] if evaluated else None
+        settings = record(loss_type=["apo_zero"], beta=0.1, learning_rate=5e-6)
+        sentence = make(write_run(tmp_path / "run", log, rows=rows, run=settings, global_step=30)).section("Conclusion")
+        assert sentence.startswith("Hardly moved") is still
+        assert ("learning_rate (now 5e-06) or max_steps (now 30)" in sentence) is still
+
+    @pytest.mark.parametrize(("separated", "better"), [(19, True), (18, False)])
+    def test_a_run_is_better_only_if_the_intervals_do_not_overlap(self, separated, better, tmp_path, make):
+        def evaluated(name, count):
+            rows = [pair(str(at), "separated" if at < count else "other") for at in range(20)]
+            return write_run(tmp_path / name, history(), rows=rows)
+
+        sentences = make(evaluated("a", 10), evaluated("b", separated)).section("Conclusion")
+        # Wilson's intervals of 10, 18 and 19 of 20: 0.299 to 0.701, 0.699 to 0.972, 0.764 to 0.991.
+        assert ("b separates more pairs than a: 95% against 50%" in sentences) is better
+        assert ("intervals overlap" in sentences) is not better
+        still = [pair(str(at), chosen_logratio=1e-3, rejected_logratio=-1e-3) for at in range(20)]
+        sentences = make(str(tmp_path / "a"), write_run(tmp_path / "c", history(), rows=still)).section("Conclusion")
+        assert "c separates" not in sentences
 
 
 class TestPairs:
@@ -337,7 +409,7 @@ class TestPictures:
 
     def test_what_the_pictures_say_is_also_said_in_words(self, run, make):
         rewards, regimes, arrows, plane, losses, saved = (image["alt"] for image in make(run).images)
-        assert "chosen, held out: from 0 at step 0 to 0.5 at step 30" in rewards
+        assert "chosen, evaluation: from 0 at step 0 to 0.5 at step 30" in rewards
         assert "separated: from 0 at step 0 to 0.5 at step 30; both up: from 0 at step 0 to 0.125 at step 30" in regimes
         assert "rest: from 1 at step 0 to 0.125 at step 30" in regimes
         counts = "Of 10 pairs: separated 5, both up 1, displaced 3, rest 1."
@@ -408,9 +480,9 @@ class TestMissing:
         page = make(write_run(tmp_path / "run", history(apo=False)))
         assert "call apo_trl.register() before training" in page.section("Regimes")
         assert "which only padding_free does" in page.section("Tokens saved")
-        assert "apo-trl evaluate --model FOLDER" in page.section("Held-out pairs, before and after")
+        assert "apo-trl evaluate --model FOLDER" in page.section("Evaluated pairs, before and after")
         assert "Not evaluated pair by pair: run" in page.section("Pairs displaced most")
-        assert page.row("Separated pairs") == page.row("Displaced pairs") == ["not evaluated"]
+        assert not [row for row in page.rows if row[0] in ("Separated pairs", "Displaced pairs")]
         assert len(page.images) == 2  # rewards and losses
 
     def test_beside_a_run_that_has_them(self, run, tmp_path, make):
@@ -440,7 +512,11 @@ class TestMissing:
             {"step": step, "eval_loss": 1.0 / step, "eval_loss/apo_zero": 0.5, "eval_loss/sft": 2.0} for step in (1, 2)
         ]
         (losses,) = make(write_run(tmp_path / "run", log)).images
-        for term in ("loss, held out: from 1 at", "loss/apo_zero, held out: from 0.5", "loss/sft, held out: from 2 at"):
+        for term in (
+            "loss, evaluation: from 1 at",
+            "loss/apo_zero, evaluation: from 0.5",
+            "loss/sft, evaluation: from 2 at",
+        ):
             assert term in losses["alt"]
 
     def test_settings_and_versions(self, tmp_path, make):
@@ -499,8 +575,8 @@ class TestHostile:
         log += [None, "x", {"loss": 1}, {"step": 41, "rewards/chosen": "<b>", "rewards/rejected": None, "loss": True}]
         page = make(write_run(tmp_path / "run", log))
         assert page.row("Last training loss") == ["nan"]
-        assert page.row("Held-out reward of chosen") == ["+nan"]
-        assert page.row("Held-out reward of rejected") == ["-inf"]
+        assert page.row("Reward of chosen in training") == ["+nan mean over pairs"]
+        assert page.row("Reward of rejected in training") == ["-inf mean over pairs"]
         assert "not finite numbers, and so are not drawn: 4." in page.section("Rewards")
         assert "not finite numbers, and so are not drawn: 2." in page.section("Losses")
 
@@ -511,11 +587,11 @@ class TestHostile:
             pair("none", chosen_logp=None, rejected_logp=math.inf),
         ]
         page = make(write_run(tmp_path / "a", history(), rows=rows))
-        assert "2 of 3 pairs are drawn; 1 are not finite." in page.section("Held-out pairs by their log-ratios")
-        assert "1 of 3 pairs are drawn; 2 are not finite." in page.section("Held-out pairs, before and after")
+        assert "2 of 3 pairs are drawn; 1 are not finite." in page.section("Evaluated pairs by their log-ratios")
+        assert "1 of 3 pairs are drawn; 2 are not finite." in page.section("Evaluated pairs, before and after")
         assert "chosen +nan nats" in page.section("Pairs displaced most")
         worst = make(write_run(tmp_path / "b", history(), rows=rows[1:2]))
-        assert "0 of 1 pairs are drawn; 1 are not finite." in worst.section("Held-out pairs by their log-ratios")
+        assert "0 of 1 pairs are drawn; 1 are not finite." in worst.section("Evaluated pairs by their log-ratios")
 
     def test_a_single_step_can_be_seen(self, tmp_path, make):
         page = make(write_run(tmp_path / "run", [{"step": 1} | metrics(0.0, 0.0)]))
@@ -561,6 +637,10 @@ class TestRefusals:
             InputError, match=r"trainer_state.json in .*empty or its checkpoints.*trainer\.save_state\(\)"
         ):
             make(str(tmp_path / "empty"))
+
+    def test_the_folder_of_several_runs_names_them(self, run, make):
+        with pytest.raises(InputError, match=r"runs: no readable trainer_state.json in .*Set .*a-run\.$"):
+            make(str(Path(run).parent))
 
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"log_history": 3}', "[" * 100_000, "\xff"])
     def test_a_damaged_log(self, content, run, make):
@@ -646,6 +726,15 @@ def test_a_folder_that_looks_like_a_column(tmp_path, make):
     assert page.row("Separated pairs")[0].endswith("2 of 2")
 
 
+def test_a_run_from_python_without_save_state_is_that_of_its_newest_checkpoint(train, tmp_path, make):
+    folder = str(tmp_path / "run")
+    train(output_dir=folder, steps=2, beta=0.3, learning_rate=2e-3, save_strategy="steps", save_steps=1)
+    page = make(folder)
+    assert (page.row("Loss"), page.row("Learning rate"), page.row("Steps")) == (["apo_zero"], ["0.002"], ["2"])
+    assert page.rows[2][:2] == ["beta", "0.3"]
+    assert "The log of run is that of checkpoint-2" in page.text
+
+
 def test_real_runs_of_this_trainer_and_of_plain_trl(train, model_dir, dataset, tmp_path, make):
     """What the trainer logs, saves and `evaluate` writes is what is read here."""
     import trl
@@ -667,10 +756,10 @@ def test_real_runs_of_this_trainer_and_of_plain_trl(train, model_dir, dataset, t
 
     page = make(*map(str, folders))
     assert page.row("Steps") == ["4", "4"]
-    assert page.row("Held-out reward of chosen")[1] == f"{last['eval_rewards/chosen']:+.3f}"
+    assert page.row("Reward of chosen in training")[1] == f"{last['eval_rewards/chosen']:+.3f} mean over batches"
     assert page.row("Separated pairs")[0].endswith("of 8")
     assert "plain The regimes were logged for fewer than two steps" in page.section("Regimes")
-    assert "Held-out pairs" in page.section("Regimes")
+    assert "Evaluation pairs" in page.section("Regimes")
 
 
 # A real browser.

@@ -7,9 +7,10 @@ from apo_trl.cli.options import add_command
 
 def add(commands: Any) -> None:
     help = "write a page with figures of one or several runs"
-    parser = add_command(commands, "report", run, help, "runs/first --output report.html")
+    files = "the logs of runs, and what `apo-trl evaluate` wrote there", "one HTML file, and its figures as PNG"
+    parser = add_command(commands, "report", run, help, "runs/first --output report.html", *files)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="output folder of a training run")
-    parser.add_argument("--output", default="report.html", metavar="FILE", help="(default: %(default)s)")
+    parser.add_argument("--output", default="report.html", metavar="FILE", help="HTML file (default: %(default)s)")
 
 
 def run(**options: Any) -> None:

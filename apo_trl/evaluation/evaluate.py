@@ -14,17 +14,30 @@ import pyarrow.parquet as pq
 from apo_trl.datasets.preprocessing import normalise_datasets
 from apo_trl.errors import InputError
 from apo_trl.evaluation.intervals import mean_interval, wilson
+from apo_trl.evaluation.provenance import described, read_record, trained_on
 from apo_trl.evaluation.scoring import pair_logps, tokenize_pairs
 from apo_trl.io.files import atomic_write
 from apo_trl.io.readers import load_dataset_splits
 from apo_trl.metrics import regime, regimes
-from apo_trl.models.loading import is_adapter, load_policy, local_adapter, pad_token, read_adapter
+from apo_trl.models.loading import find_model, is_adapter, load_policy, pad_token, read_adapter
 from apo_trl.reference import base_change
+from apo_trl.training.movement import hardly_moved, movement_of
 
 __all__ = ["evaluate", "read_split", "summarise", "table", "write_rows"]
 
-_SHARES = ("accuracy", "chosen_up", "rejected_down", "separated", "displaced", "both_up")
-_MEANS = ("chosen_logratio", "rejected_logratio", "margin")
+_SHARES = {
+    "accuracy": "margin above 0",
+    "chosen_up": "the chosen answer became likelier",
+    "rejected_down": "the rejected answer became less likely",
+    "separated": "both of these: what APO-zero is for",
+    "displaced": "margin above 0, but the chosen answer less likely",
+    "both_up": "both answers likelier",
+}
+_MEANS = {
+    "chosen_logratio": "change of the chosen answer's log-prob, in nats",
+    "rejected_logratio": "that of the rejected answer's",
+    "margin": "chosen minus rejected",
+}
 
 
 def evaluate(
@@ -50,14 +63,16 @@ def evaluate(
     Returns:
         For each pair: `id`; `chosen_logratio` and `rejected_logratio`, log pi/ref summed over the completion, in nats;
         the same `_per_token`; their difference `margin`; the `regime`; the log-probs `chosen_logp` and `rejected_logp`
-        of the policy, and `ref_...` of the reference; the numbers of scored tokens, `..._tokens`; and the texts.
+        of the policy, and `ref_...` of the reference; the numbers of scored tokens, `..._tokens`; the `dtype` of the
+        models; whether the pair was `trained_on`, None if that is not known (`provenance`); and the texts.
         Degenerate pairs are included; a pair whose prompt alone fills `max_length` is skipped.
     """
-    model = local_adapter(model, "--model")
+    model = find_model(model, "--model")
     reference = reference or _reference_of(model)
     rows = read_split(dataset, split, limit)
     policy, tokenizer = load_policy(model, device=device, dtype=dtype)
     pairs = tokenize_pairs(rows, tokenizer, max_length)
+    dtypes = [str(policy.dtype)]
     scoring = {"pad_token_id": pad_token(tokenizer), "batch_size": batch_size}
     _check_vocabulary(policy, pairs, f"--model: {model}")
     policy_logps = pair_logps(policy, pairs, **scoring, name="the policy")
@@ -67,9 +82,13 @@ def evaluate(
     else:
         del policy
         other, _ = load_policy(reference, device=device, dtype=dtype, flag="--reference")
+        dtypes += [str(other.dtype)]
         _check_vocabulary(other, pairs, f"--reference: {reference}")
         reference_logps = pair_logps(other, pairs, **scoring, name="the reference")
-    return [_row(pair, *logps) for pair, *logps in zip(pairs, policy_logps, reference_logps, strict=True)]
+    dtype = " and ".join(dict.fromkeys(dtypes)).replace("torch.", "")
+    seen = trained_on(read_record(Path(model)), dataset, pairs)
+    rows = [_row(*each) for each in zip(pairs, policy_logps, reference_logps, strict=True)]
+    return [row | {"dtype": dtype, "trained_on": known} for row, known in zip(rows, seen, strict=True)]
 
 
 def _reference_of(model: str) -> str | None:
@@ -110,30 +129,41 @@ def _row(pair: Mapping[str, Any], policy: tuple[float, float], reference: tuple[
     return row | {side: pair[side] for side in ("prompt", "chosen", "rejected")}
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Summarise the rows of `evaluate`.
+def summarise(rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Summarise the rows of `evaluate`; `record` is the run.json of the model, if it has one.
 
     Returns:
-        `pairs`; `means` in nats and `shares`, each as [value, low, high] with a 95 % interval (the normal
-        approximation, Wilson); `displaced`, those ten displaced pairs whose chosen answers fell furthest.
+        `pairs`, their number; `described`, with what they are called; `dtype`; `means` in nats and `shares`, each as
+        [value, low, high] with a 95 % interval (the normal approximation, Wilson); `displaced`, those ten displaced
+        pairs whose chosen answers fell furthest; and `hardly_moved`, a sentence if that is so.
     """
     chosen, rejected = (np.array([row[f"{side}_logratio"] for row in rows]) for side in ("chosen", "rejected"))
     shares = regimes(chosen, rejected) | {"accuracy": chosen > rejected}
     worst = sorted((row for row in rows if row["regime"] == "displaced"), key=lambda row: row["chosen_logratio"])
+    settings = record["settings"] if record else {}
+    now = {"learning_rate": settings.get("learning_rate"), "steps": settings.get("max_steps")}
     return {
         "pairs": len(rows),
+        "described": described([row["trained_on"] for row in rows]),
+        "dtype": rows[0]["dtype"],
         "means": {name: list(mean_interval([row[name] for row in rows])) for name in _MEANS},
         "shares": {name: list(wilson(int(shares[name].sum()), len(rows))) for name in _SHARES},
-        "displaced": [{name: row[name] for name in ("id", *_MEANS[:2])} for row in worst[:10]],
+        "displaced": [
+            {name: row[name] for name in ("id", "chosen_logratio", "rejected_logratio")} for row in worst[:10]
+        ],
+        "hardly_moved": hardly_moved(movement_of(rows), **now),
     }
 
 
 def table(summary: Mapping[str, Any]) -> str:
     """Return a summary as text for the terminal."""
-    lines = [f"{summary['pairs']:,} pairs" + " " * 24 + "95 % interval"]
-    for group, style in (("means", "+9.3f"), ("shares", "9.0%")):
+    lines = [f"{summary['described']}, computed in {summary['dtype']}", " " * 33 + "95 % interval"]
+    for group, style, meanings in (("means", "+9.3f", _MEANS), ("shares", "9.0%", _SHARES)):
         for name, (value, low, high) in summary[group].items():
-            lines.append(f"  {name:<20}{value:{style}}   {low:{style}} to {high:<{style}}".rstrip())
+            interval = f"{low:{style}} to {high:<{style}}"
+            lines.append(f"  {name:<20}{value:{style}}   {interval:<22}  {meanings[name]}")
+    if summary["hardly_moved"]:
+        return "\n".join([*lines, summary["hardly_moved"]])
     if summary["displaced"]:
         lines.append("Displaced most: the margin is right, and still the chosen answer fell.")
     for row in summary["displaced"]:

@@ -8,13 +8,15 @@ from typing import Any
 
 from apo_trl.errors import InputError
 from apo_trl.io.messages import one_line
+from apo_trl.io.resources import nearest_path
 from apo_trl.models.packaged import resolve_model
 
 __all__ = [
-    "is_adapter", "load_adapter", "load_base", "load_config", "load_model", "load_policy", "load_tokenizer",
-    "local_adapter", "pad_token", "read_adapter",
+    "find_model", "is_adapter", "load_adapter", "load_base", "load_config", "load_model", "load_policy",
+    "load_tokenizer", "pad_token", "read_adapter",
 ]  # fmt: skip
 
+_CONFIGS = ("adapter_config.json", "config.json")
 _PREFIX = "base_model.model."  # of a base model's names in the files of an adapter
 _ROWS = {  # what an adapter stores of an embedding layer, and the dimension that is the vocabulary
     "weight": 0,
@@ -53,7 +55,7 @@ def load_model(
     """
     import torch
 
-    name = resolve_model(local_adapter(name, field))
+    name = find_model(name, field)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"dtype": dtype or ("float32" if device == "cpu" else "auto")}
     options |= {"device_map": {"": device}, "auto_class": auto_class}
@@ -75,19 +77,43 @@ def load_config(name: str | None, **options: Any) -> Any:
         from apo_trl.reference import adapter_as_model
 
         raise adapter_as_model("model_name_or_path", name)
-    with _loading(f"model_name_or_path: '{name}' cannot be loaded", "Set a local folder, or check the name."):
+    name = _local(name, "model_name_or_path")
+    with _loading(f"model_name_or_path: '{name}' cannot be loaded", _suggestion(name)):
         return AutoConfig.from_pretrained(name, **options)
 
 
-def local_adapter(name: str, field: str) -> str:
-    """Return the local copy of an adapter on the Hub; any other folder or name is unchanged."""
+def find_model(name: str, field: str) -> str:
+    """Return the folder of the packaged model or of an adapter on the Hub; any other folder or name is unchanged.
+
+    Raises:
+        InputError: The folder holds no model, the path does not exist, or the adapter cannot be loaded.
+    """
     from huggingface_hub import snapshot_download
     from transformers.utils.peft_utils import find_adapter_config_file
 
+    name = _local(name, field)
     if Path(name).exists() or name.count("/") != 1:
         return name
-    with _loading(f"{field}: {name} cannot be loaded"):
+    with _loading(f"{field}: {name} cannot be loaded", _suggestion(name)):
         return str(snapshot_download(name)) if find_adapter_config_file(name) else name
+
+
+def _local(name: str, field: str) -> str:
+    """Return the folder of the packaged model by its name, or the name itself, unless it is a path without a model."""
+    name = resolve_model(name, field)
+    if Path(name).exists() and not any(Path(name, config).is_file() for config in _CONFIGS):
+        raise InputError(f"{field}: {name} has no {' or '.join(_CONFIGS)}. {_suggestion(name)}")
+    return name
+
+
+def _suggestion(name: str) -> str:
+    """Return what to set instead of a name: models in that folder, the newest first, or the nearest path beside it."""
+    configs = [path for depth in ("*", "*/*") for config in _CONFIGS for path in Path(name).glob(f"{depth}/{config}")]
+    configs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    if models := list(dict.fromkeys(str(path.parent) for path in configs)):
+        return f"Set {' or '.join(models[:3])}."
+    near = "" if Path(name).exists() else nearest_path(name)
+    return f"{near} Check the name, or set the folder of a model or adapter.".lstrip()
 
 
 def is_adapter(name: str) -> bool:
@@ -105,7 +131,7 @@ def read_adapter(folder: str, field: str) -> Any:
 
     files = ("adapter_config.json", "adapter_model.*")
     if not all(any(Path(folder).glob(file)) for file in files):  # PEFT would search the Hub
-        raise InputError(f"{field}: {folder} has no {' and '.join(files)}. Set the folder that training saved.")
+        raise InputError(f"{field}: {folder} has no {' and '.join(files)}. {_suggestion(folder)}")
     with _loading(f"{field}: {folder} cannot be loaded"):
         config = PeftConfig.from_pretrained(folder)
     init = str(getattr(config, "init_lora_weights", ""))  # PEFT repeats "pissa" and "olora", which are deterministic
@@ -126,7 +152,8 @@ def load_base(
 
     if not name:
         raise InputError(f"{field}: the adapter names no base model. Add base_model_name_or_path to its configuration.")
-    with _loading(f"{field}: {name} cannot be loaded"):
+    name = _local(name, field)
+    with _loading(f"{field}: {name} cannot be loaded", _suggestion(name)):
         config = transformers.AutoConfig.from_pretrained(name, revision=options.get("revision"))
         if unquantised and getattr(config, "quantization_config", None):
             raise InputError(f"{field}: {name} is quantised. Set the unquantised model.")
@@ -178,7 +205,8 @@ def load_tokenizer(
     """Load the tokenizer, or the processor of a vision model, of an adapter's folder if it has one, else the base's."""
     import transformers
 
-    base = folder if base is None else base
+    folder = resolve_model(folder, field)
+    base = folder if base is None else resolve_model(base, field)
     own = folder == base or (Path(folder) / "tokenizer_config.json").is_file()
     source = folder if own else base
     with _loading(f"{field}: the tokenizer of {source} cannot be loaded", "Put the tokenizer's files into it."):
@@ -188,11 +216,16 @@ def load_tokenizer(
 
 @contextmanager
 def _loading(fault: str, remedy: str = "Check the name and the files.") -> Iterator[None]:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # cannot be narrowed: tokenizers raises a bare Exception for a damaged tokenizer.json
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            fault += ", because it is not a local folder or in the cache, and the Hub cannot be reached"
+            raise InputError(f"{fault}. {remedy}") from error
         raise InputError(f"{fault}, {type(error).__name__}: {one_line(error)}. {remedy}") from error
 
 

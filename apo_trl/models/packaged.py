@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from apo_trl.errors import InputError
+from apo_trl.io.resources import check_path
 
 __all__ = ["MODEL_NAME", "resolve_model", "smollm2"]
 
@@ -48,6 +49,13 @@ def smollm2() -> Path:
     return folder
 
 
-def resolve_model(name: str) -> str:
-    """Return the folder of the packaged model for its name; any other folder or hub name is unchanged."""
-    return str(smollm2()) if name == MODEL_NAME and not Path(name).exists() else name
+def resolve_model(name: str, field: str = "model_name_or_path") -> str:
+    """Return the folder of the packaged model for its name; any other folder or hub name is unchanged.
+
+    Raises:
+        InputError: The name is a path at which nothing is; `field` is the setting that it is from.
+    """
+    if name == MODEL_NAME and not Path(name).exists():
+        return str(smollm2())
+    check_path(name, field, "folder")
+    return name

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from apo_trl.errors import InputError
-from apo_trl.evaluation.report.runs import HUGE, Log, Run, held_out
+from apo_trl.evaluation.report.runs import HUGE, Log, Run, evaluation_sets
 from apo_trl.metrics import REGIMES
 
 __all__ = ["REWARDS", "Panel", "all_figures", "draw_lines", "draw_plane", "png", "style"]
@@ -125,7 +125,7 @@ def _course(label: str, steps: Sequence[int], values: Sequence[float]) -> str:
 
 
 def _terms(runs: Sequence[Run]) -> Metrics:
-    keys = [key.removeprefix(prefix) for run in runs for prefix in ("", *held_out(run.log)) for key in run.log]
+    keys = [key.removeprefix(prefix) for run in runs for prefix in ("", *evaluation_sets(run.log)) for key in run.log]
     losses = dict.fromkeys(key for key in keys if key == "loss" or key.startswith("loss/"))
     looks = zip(losses, cycle(_TERMS), strict=False)
     return {key: (key, {"color": colour, "linestyle": dashes}) for key, (colour, dashes) in looks}
@@ -134,7 +134,7 @@ def _terms(runs: Sequence[Run]) -> Metrics:
 def draw_lines(axes: Any, log: Log, metrics: Metrics, unit: str, anchor: float | None = None) -> None:
     """Draw each metric in training as a thin line, on each evaluation set with markers, and a line at `anchor`."""
     for key, (label, look) in metrics.items():
-        for index, (prefix, source) in enumerate({"": "training", **held_out(log)}.items()):
+        for index, (prefix, source) in enumerate({"": "training", **evaluation_sets(log)}.items()):
             points = log.get(prefix + key)
             if not points:
                 continue
@@ -154,7 +154,8 @@ def _regimes(runs: Sequence[Run], steps: Any) -> Drawing:
     labels, colours, _, hatches = zip(*_REGIMES.values(), strict=True)
     look = {"labels": labels, "colors": colours, "hatch": hatches, "edgecolor": "white", "linewidth": 1.2}
     for run in runs:
-        names = {prefix: f"Held-out pairs{name.removeprefix('held out')}" for prefix, name in held_out(run.log).items()}
+        sets = evaluation_sets(run.log).items()
+        names = {prefix: f"Evaluation pairs{name.removeprefix('evaluation')}" for prefix, name in sets}
         shares = {prefix: share for prefix in (*names, "") if len(share := _shares(run.log, prefix)) > 1}
         if not shares:
             yield Panel(run.name), None

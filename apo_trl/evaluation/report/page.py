@@ -11,14 +11,18 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from apo_trl.evaluation.intervals import wilson
+from apo_trl.evaluation.provenance import described, trained_in
+from apo_trl.evaluation.report.conclusions import SHARES, comparison, conclusion, evaluated_in, share
 from apo_trl.evaluation.report.figures import Panel
-from apo_trl.evaluation.report.runs import Run, held_out
+from apo_trl.evaluation.report.runs import Run, evaluation_sets
 
 __all__ = ["page"]
 
-# Of APOConfig, for runs of `apo-trl train` on pairs: run.json holds only what differs. A test compares them.
-_DEFAULTS = {"loss_type": "apo_zero", "beta": "0.1", "learning_rate": "1e-06"}
+_LOGGED = (
+    ("Reward of chosen", "rewards/chosen", "+.3f"),
+    ("Reward of rejected", "rewards/rejected", "+.3f"),
+    ("Accuracy", "rewards/accuracies", ".1%"),
+)
 
 Cell = tuple[str, ...]  # a text, and remarks in small print
 Rows = dict[str, list[Cell]]  # the cells of each row of a table by its label, one for each run
@@ -31,13 +35,20 @@ def page(runs: Sequence[Run], figures: Mapping[str, Sequence[Panel]]) -> str:
     environment.filters |= {"base64": b64encode, "displaced": _displaced, "shorten": _shorten}
     evaluated = [frozenset((row["prompt"], row["chosen"], row["rejected"]) for row in run.pairs or ()) for run in runs]
     records = [run.record for run in runs if run.record is not None]
-    inputs = [{key: record.get(key) for key in ("model", "dataset")} for record in records]
+    inputs = [{key: record.get(key) for key in ("model", "dataset", "date", "device")} for record in records]
     settings = _rows([record["settings"] for record in records], "default")
     repeated = ("model_name_or_path", "dataset_name")  # the same as the model and the dataset
+    betas = {_setting(run, "beta")[0] for run in runs}
+    conclusions = [conclusion(run) for run in runs]
+    moved = [run for run, text in zip(runs, conclusions, strict=True) if not text.startswith("Hardly moved")]
+    comparable = len(moved) > 1 and all(evaluated) and len(set(evaluated)) == 1
     html = environment.get_template("page.html.jinja").render(
         runs=runs,
         figures=figures,
         version=version("apo-trl"),
+        conclusions=conclusions,
+        comparison=comparison(moved) if comparable else [],
+        betas=sorted(betas) if len(betas) > 1 else [],
         results=_results(runs),
         different_pairs=len({pairs for pairs in evaluated if pairs}) > 1,
         settings=_rows(inputs, "not known") | {key: row for key, row in settings.items() if key not in repeated},
@@ -58,29 +69,30 @@ def _shorten(name: str, longest: int = 120) -> str:
 
 
 def _results(runs: Sequence[Run]) -> Rows:
-    metrics = {"Last training loss": ("loss", ".4f")}
-    for prefix, name in (dict(pair for run in runs for pair in held_out(run.log).items()) or {"eval_": ""}).items():
-        of_set = name.removeprefix("held out")
-        metrics[f"Held-out reward of chosen{of_set}"] = (f"{prefix}rewards/chosen", "+.3f")
-        metrics[f"Held-out reward of rejected{of_set}"] = (f"{prefix}rewards/rejected", "+.3f")
-        metrics[f"Held-out accuracy{of_set}"] = (f"{prefix}rewards/accuracies", ".1%")
-    return {
+    rows = {
         "Loss": [_setting(run, "loss_type") for run in runs],
         "beta": [_setting(run, "beta") for run in runs],
         "Learning rate": [_learning_rate(run) for run in runs],
         "Steps": [_steps(run) for run in runs],
-        **{label: [_last(run, key, form) for run in runs] for label, (key, form) in metrics.items()},
-        "Separated pairs": [_share(run, "separated") for run in runs],
-        "Displaced pairs": [_share(run, "displaced") for run in runs],
+        "Last training loss": [_last(run, "loss", ".4f") for run in runs],
     }
+    if any(run.pairs is not None for run in runs):
+        labels = {"separated": "Separated pairs", "displaced": "Displaced pairs", "accuracy": "Accuracy"}
+        rows |= {labels[name]: [_share(run, name) for run in runs] for name in SHARES}
+        rows["Evaluated"] = [_evaluated(run) for run in runs]
+    sets = dict(pair for run in runs for pair in evaluation_sets(run.log).items())
+    if len(sets) > 1 or any(run.pairs is None for run in runs):  # one accuracy of a model is enough
+        for prefix, name in sets.items():
+            of_set = name.removeprefix("evaluation")
+            for label, key, form in _LOGGED:
+                rows[f"{label} in training{of_set}"] = [_logged(run, prefix, key, form) for run in runs]
+    if any(run.record is not None for run in runs):
+        rows["Trained"] = [(trained_in(run.record),) for run in runs]
+    return rows
 
 
 def _setting(run: Run, key: str) -> Cell:
-    if run.record is None:
-        return ("not known",)
-    # Only a run on pairs logs regimes; the classes for single answers have other defaults.
-    default = f"{_DEFAULTS[key]} (default)" if "apo/separated" in run.log else "default"
-    return _cell(run.record["settings"].get(key), default)
+    return ("not known",) if run.record is None else _cell(run.record["settings"].get(key), "default")
 
 
 def _learning_rate(run: Run) -> Cell:
@@ -102,16 +114,28 @@ def _last(run: Run, key: str, form: str) -> Cell:
     return (format(points[last], form), *([f"at step {last:,}"] if last < end else []))
 
 
-def _share(run: Run, regime: str) -> Cell:
+def _logged(run: Run, prefix: str, key: str, form: str) -> Cell:
+    text, *remarks = _last(run, prefix + key, form)
+    over = "pairs" if f"{prefix}apo/separated" in run.log else "batches"  # as plain TRL logs them
+    return (text, *remarks, *([f"mean over {over}"] if prefix + key in run.log else []))
+
+
+def _share(run: Run, name: str) -> Cell:
     if run.pairs is None:
         return ("not evaluated",)
-    count = sum(pair["regime"] == regime for pair in run.pairs)
-    share, low, high = wilson(count, len(run.pairs))
-    return f"{share:.1%}", f"({low:.1%} to {high:.1%})", f"{count:,} of {len(run.pairs):,}"
+    value, low, high = share(run, name)
+    count = round(value * len(run.pairs))
+    return f"{value:.1%}", f"({low:.1%} to {high:.1%})", f"{count:,} of {len(run.pairs):,}"
+
+
+def _evaluated(run: Run) -> Cell:
+    if run.pairs is None:
+        return ("not evaluated",)
+    return (f"{described([pair['trained_on'] for pair in run.pairs])}, {evaluated_in(run)}",)
 
 
 def _rows(columns: Sequence[Mapping[str, Any]], absent: str) -> Rows:
-    keys = sorted({key for column in columns for key in column})
+    keys = sorted({key for column in columns for key, value in column.items() if value not in (None, "", [], {})})
     return {key: [_cell(column.get(key), absent) for column in columns] for key in keys}
 
 

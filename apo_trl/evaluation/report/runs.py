@@ -1,6 +1,5 @@
 """Training runs as their output folders show them: the log, the settings, the evaluated pairs."""
 
-import json
 import math
 import os
 import re
@@ -13,9 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from apo_trl.errors import InputError
+from apo_trl.evaluation.provenance import read_json, read_record
+from apo_trl.io.resources import nearest_path
 from apo_trl.metrics import REGIMES
 
-__all__ = ["HUGE", "Log", "Run", "held_out", "names", "read_log", "read_run"]
+__all__ = ["HUGE", "Log", "Run", "evaluation_sets", "names", "read_log", "read_run"]
 
 HUGE = 1e30  # matplotlib's arithmetic of margins overflows beyond about 1e300, and nobody reads an axis that long
 
@@ -34,6 +35,7 @@ class Run(NamedTuple):
     pairs: Sequence[Mapping[str, Any]] | None
 
 
+_LATER = {"dtype": pa.string(), "trained_on": pa.bool_()}  # columns that evaluations of version 0.1 lack
 _TEXTS = ("id", "regime", "prompt", "chosen", "rejected")
 _NUMBERS = (
     *("chosen_logratio", "rejected_logratio", "chosen_logratio_per_token", "rejected_logratio_per_token"),
@@ -56,7 +58,7 @@ def names(runs: Sequence[str]) -> list[str]:
 def read_run(folder: Path, name: str) -> Run:
     """Read the files in the folder of a run; InputError if the log is missing or a file is damaged."""
     source, state = _read_state(folder)
-    return Run(name, folder, source, state, read_log(state["log_history"]), _read_record(folder), _read_pairs(folder))
+    return Run(name, folder, source, state, read_log(state["log_history"]), read_record(folder), _read_pairs(folder))
 
 
 def _read_state(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -64,30 +66,13 @@ def _read_state(folder: Path) -> tuple[Path, dict[str, Any]]:
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
     checkpoints.sort(key=lambda path: int(path.name.partition("-")[2]), reverse=True)
     for path in (place / "trainer_state.json" for place in (folder, *checkpoints)):
-        state = _read_json(path)
+        state = read_json(path)
         if isinstance(state, dict) and isinstance(state.get("log_history"), list):
             return path, state
-    raise InputError(
-        f"runs: no readable trainer_state.json in {folder} or its checkpoints. Set the output folder of a training run"
-        " (`apo-trl train` writes the file at the end, your own script with `trainer.save_state()`)."
-    )
-
-
-def _read_record(folder: Path) -> dict[str, Any] | None:
-    path = folder / "run.json"
-    if not path.exists():
-        return None
-    record = _read_json(path)
-    if isinstance(record, dict) and all(isinstance(record.get(part), dict) for part in ("settings", "versions")):
-        return record
-    raise InputError(f"{path}: damaged. Remove it for a report without settings.")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
+    inside = sorted({str(path.parent) for path in folder.glob("*/trainer_state.json")})
+    remedy = "Set the output folder of a training run; your own script writes the file with `trainer.save_state()`."
+    remedy = f" Set {' or '.join(inside[:3])}." if inside else f"{nearest_path(str(folder))} {remedy}"
+    raise InputError(f"runs: no readable trainer_state.json in {folder} or its checkpoints.{remedy}")
 
 
 def read_log(history: Iterable[Any]) -> Log:
@@ -107,10 +92,10 @@ def read_log(history: Iterable[Any]) -> Log:
     return {key: dict(sorted(points.items())) for key, points in log.items()}
 
 
-def held_out(log: Log) -> dict[str, str]:
+def evaluation_sets(log: Log) -> dict[str, str]:
     """Return the name of each evaluation set by its prefix: "eval_", or "eval_<dataset>_" if there are several."""
     matches = [re.fullmatch(r"(eval_(?:(.+)_)?)(?:rewards/chosen|loss)", key, re.DOTALL) for key in log]
-    return {match[1]: f"held out: {match[2]}" if match[2] else "held out" for match in matches if match}
+    return {match[1]: f"evaluation: {match[2]}" if match[2] else "evaluation" for match in matches if match}
 
 
 def _read_pairs(folder: Path) -> list[dict[str, Any]] | None:
@@ -122,7 +107,10 @@ def _read_pairs(folder: Path) -> list[dict[str, Any]] | None:
     try:
         # Not read_table, which takes a folder that is named "seed=1" for a column.
         with pq.ParquetFile(path) as file:
-            rows = file.read(columns=schema.names).select(schema.names).cast(schema).to_pylist()
+            later = [name for name in _LATER if name in file.schema_arrow.names]
+            whole = file.read(columns=[*schema.names, *later])
+        rows = whole.select(schema.names).cast(schema).to_pylist()
+        rest = whole.select(later).to_pylist()
     except (pa.ArrowException, KeyError, OSError, ValueError) as error:
         reason = shorten(str(error) or type(error).__name__, 150).rstrip(".")
         raise InputError(f"{path}: cannot be read ({reason}). {remedy}") from error
@@ -130,4 +118,5 @@ def _read_pairs(folder: Path) -> list[dict[str, Any]] | None:
     if not regimes or regimes - {*REGIMES, "other"}:
         raise InputError(f"{path}: no pairs or unknown regimes, got {[*regimes]!r:.60}. {remedy}")
     empty = dict.fromkeys(_TEXTS, "") | dict.fromkeys(_NUMBERS, math.nan)
-    return [{name: empty[name] if value is None else value for name, value in row.items()} for row in rows]
+    rows = [{name: empty[name] if value is None else value for name, value in row.items()} for row in rows]
+    return [{**dict.fromkeys(_LATER), **row, **more} for row, more in zip(rows, rest, strict=True)]
