@@ -6,6 +6,7 @@ metrics follow from the two. Forward, reference, logging and TRL's losses stay T
 """
 
 import inspect
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +51,10 @@ class _AnchoredTrainer(DPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs)
         model, config = bound.arguments["model"], bound.arguments.get("args")
+        if isinstance(model, str) and not Path(model).exists():
+            from apo_trl.models.packaged import resolve_model
+
+            model = bound.arguments["model"] = resolve_model(model, "model")
         peft_config, ref_model = bound.arguments.get("peft_config"), bound.arguments.get("ref_model")
         path = model if isinstance(model, str) else get_config_model_id(model.config)
         if config is None:  # as TRL
@@ -63,6 +68,7 @@ class _AnchoredTrainer(DPOTrainer):
         self._own_start: bool | None = ref_model is None  # is the reference the policy's; None after the first batch
         needs_wins = "apo_blend" in loss_names(config)
         datasets = {name: bound.arguments.get(f"{name}_dataset") for name in ("train", "eval")}
+        self.run_record: dict[str, Any] = {"dataset": _describe(datasets["train"])}  # more for `run.json`
         datasets = {name: normalise_datasets(each, name, needs_wins, config) for name, each in datasets.items()}
         processor = bound.arguments.get("processing_class")
         if processor is None:  # as TRL, which loads the model first
@@ -99,6 +105,13 @@ class _AnchoredTrainer(DPOTrainer):
     def _check(self, config: DPOConfig, train_dataset: Any) -> None:
         """Check the settings before a model is loaded, and set what the model card cites."""
         check_config(config)
+        if config.should_save:
+            path = Path(config.output_dir).absolute()
+            existing = next(place for place in (path, *path.parents) if os.path.exists(place))
+            if not existing.is_dir() or not os.access(existing, os.W_OK):
+                from apo_trl.config.conflicts import output_dir_error
+
+                raise output_dir_error(config.output_dir, existing)
         names = loss_names(config)
         if config.precompute_ref_log_probs or getattr(config, "ref_cache_dir", None):
             from apo_trl.reference_cache.cache import check_cache_dir
@@ -106,11 +119,10 @@ class _AnchoredTrainer(DPOTrainer):
             check_cache_dir(config)
         if any(name.startswith("apo_") for name in LOSSES.keys() & names):
             self._name, self._paper, self._tag_names = "APO", _PAPER, [*DPOTrainer._tag_names, "apo"]
-        if config.label_smoothing and not SMOOTHED_LOSSES.intersection(names):
-            logger.warning(
-                f"label_smoothing={config.label_smoothing} has no effect on loss_type {', '.join(names)}: only "
-                f"{', '.join(sorted(SMOOTHED_LOSSES))} read it. Remove it."
-            )
+        if config.label_smoothing:
+            from apo_trl.config.conflicts import warn_of_smoothing
+
+            warn_of_smoothing(config, names, SMOOTHED_LOSSES)
         if isinstance(train_dataset, IterableDataset):
             from apo_trl.datasets.streams import check_settings
 
@@ -188,6 +200,14 @@ class _AnchoredTrainer(DPOTrainer):
         from apo_trl.datasets.balancing import forward_epochs
 
         return forward_epochs(loader)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Write `run.json` into the output folder, and train as TRL does."""
+        if self.is_world_process_zero():
+            from apo_trl.io.run_record import write_run
+
+            write_run(self, resumed=bool(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Check the rows of a dataset that is passed only here, and evaluate as TRL does."""
@@ -294,6 +314,11 @@ class APOTrainer(_AnchoredTrainer):
         trainer = APOTrainer("Qwen/Qwen3-0.6B", args=APOConfig("out"), train_dataset=pairs)
         trainer.train()
     """
+
+
+def _describe(dataset: Any) -> str:
+    name = (isinstance(dataset, (Dataset, IterableDataset)) and dataset.info.dataset_name) or type(dataset).__name__
+    return f"{name}, {len(dataset):,} rows, {dataset._fingerprint}" if isinstance(dataset, Dataset) else name
 
 
 def _dpo_settings(args: DPOConfig) -> Any:

@@ -18,6 +18,8 @@ html_theme = "furo"
 html_title = f"apo-trl {release}"
 html_show_copyright = False
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 # Docstrings are written in one style for readers of the code: single backticks are code.
 default_role = "code"

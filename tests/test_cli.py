@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -87,17 +86,17 @@ def command(*arguments, **settings):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["run", "--help"], ["demo", "--help"], ["--version"]]
+    "arguments", [["--help"], ["train", "--help"], ["run", "--help"], ["pairs", "build", "--help"], ["--version"]]
 )
 def test_help_comes_at_once(arguments):
     def seconds():
-        started = time.monotonic()
+        started = sum(os.times()[2:4])  # of the children on a processor: other programs do not count
         done = command(BIN / "apo-trl", *arguments)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
-        return time.monotonic() - started
+        return sum(os.times()[2:4]) - started
 
-    assert min(seconds() for _ in range(3)) < 1
+    assert min(seconds() for _ in range(3)) < 0.5
 
 
 @pytest.mark.parametrize(
@@ -105,7 +104,7 @@ def test_help_comes_at_once(arguments):
     ["evaluate --model m --dataset d --limit 0", "evaluate --model m --dataset d --batch_size 0",
      "evaluate --model m --dataset d --max_length -1", "anchor --dataset d --policy p --limit -3",
      "bench --repeats 0", "bench --layers 1.5", "demo --max_steps x", "pairs stats d --max_length 0",
-     "recipes plan r --gpu-memory 1 --gpus 0"],
+     "recipes plan r --gpu_memory 1 --gpus 0"],
 )  # fmt: skip
 def test_an_invalid_number(given, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -153,12 +152,13 @@ PARSERS = {parser.prog: parser for parser in parsers(cli.build_parser())}
 
 
 def test_how_many_commands_there_are():
-    assert len(PARSERS) == 1 + 11 + 5 + 4  # with those of `recipes` and of `pairs`
+    assert len(PARSERS) == 1 + 11 + 5 + 5  # with those of `recipes` and of `pairs`
 
 
 @pytest.mark.parametrize("name", PARSERS)
 def test_every_help_ends_in_an_example_that_parses(name):
-    (example,) = re.findall(r"^ *(apo-trl\b.*)", PARSERS[name].format_help().partition("\nexample:\n")[2], re.MULTILINE)
+    _, _, ending = PARSERS[name].format_help().partition("\nexample:\n")
+    (example,) = re.findall(r"^ *(apo-trl\b.*)", ending.replace("\\\n", ""), re.MULTILINE)
     assert example.startswith(name)
     options = cli.build_parser().parse_args(shlex.split(example)[1:])
     assert callable(options.run)
@@ -169,12 +169,20 @@ def test_every_help_ends_in_an_example_that_parses(name):
 def test_options_are_spelt_with_underscores():
     options = {option for parser in PARSERS.values() for option in parser._option_string_actions}
     assert len(options) > 100
-    assert {option for option in options if "-" in option.removeprefix("--").lstrip("-")} == {"--gpu-memory"}
+    assert not {option for option in options if "-" in option.lstrip("-")}
 
 
-@pytest.mark.parametrize("option", ["--gpu_memory", "--gpu-memory"])
-def test_the_old_spelling_still_works(option):
-    options = cli.build_parser().parse_args(["recipes", "plan", "r", option, "80", "--beta", "1"])
+@pytest.mark.parametrize("name", PARSERS)
+def test_every_help_says_what_is_read_and_written_and_fits_a_terminal(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = PARSERS[name].format_help()
+    assert max(map(len, text.splitlines())) <= 80
+    if name not in ("apo-trl", "apo-trl pairs"):  # they only have commands
+        assert re.search(r"\nreads:  .+\nwrites: .+\n", text)
+
+
+def test_keys_of_the_recipe_may_follow_a_plan():
+    options = cli.build_parser().parse_args(["recipes", "plan", "r", "--gpu_memory", "80", "--beta", "1"])
     assert (options.gpu_memory, options.rest) == (80, ["--beta", "1"])
 
 
@@ -226,6 +234,13 @@ class TestTrain:
         assert by_name.training.gradient_accumulation_steps == 16
         (tmp_path / "run.yaml").write_text("beta: 0.7\n")
         assert parse([str(tmp_path / "run.yaml"), *arguments()])[0].training.beta == 0.7
+
+    def test_the_help_shows_one_spelling_and_both_work(self, arguments, capsys):
+        with pytest.raises(SystemExit):
+            parse(["--help"])
+        assert "--learning_rate LEARNING_RATE\n" in (text := capsys.readouterr().out)
+        assert "--learning-rate" not in text
+        assert parse([*arguments(), "--weight-decay", "0.5"])[0].training.weight_decay == 0.5
 
     def test_the_default_loss_is_apo_zero(self, arguments):
         assert parse(arguments())[0].training.loss_type == ["apo_zero"]
@@ -346,7 +361,7 @@ class TestProcesses:
         done = command(BIN / "apo-trl", "train", *arguments(loss_type="apo_zero_norm"), "--num_processes", "1")
         assert done.returncode == 0, done.stderr[-3000:]
         assert "Saved to" in done.stdout
-        assert "'loss': '1'" in done.stdout
+        assert re.search("Trained to step .* chosen up", done.stdout)
         assert (tmp_path / "out" / "model.safetensors").is_file()
 
     def test_apo_trl_train_with_a_bad_row(self, arguments, tmp_path):
@@ -365,8 +380,7 @@ class TestProcesses:
     def test_trls_own_script_with_our_loss(self, arguments, tmp_path):
         done = command(BIN / "apo-trl", "run", DPO_SCRIPT, *arguments(loss_type="apo_zero_norm"))
         assert done.returncode == 0, done.stderr[-3000:]
-        assert "'loss': '1'" in done.stdout
-        assert "apo/chosen_up" in done.stdout
+        assert re.search("Trained to step .* chosen up", done.stdout)
         assert (tmp_path / "out" / "model.safetensors").is_file()
 
     def test_trls_own_script_with_a_wrong_loss(self, arguments, tmp_path):
@@ -404,13 +418,6 @@ class TestProcesses:
         for one, two in zip(logs[1], logs[2], strict=True):
             for key in ("loss", "apo/chosen_up", "apo/separated", "apo/chosen_logratio_per_token", "rewards/margins"):
                 assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
-
-
-def test_a_script_that_is_not_there(capsys):
-    from apo_trl import run
-
-    with pytest.raises(SystemExit, match=r"script: file not found, got 'nowhere\.py'"):
-        run.main(["nowhere.py"])
 
 
 @pytest.fixture(autouse=True)

@@ -251,6 +251,14 @@ def test_rows_are_valid_and_yaml_parses(page):
         assert isinstance(yaml.safe_load(block), dict)
 
 
+@by_page
+def test_no_line_of_code_is_cut_off(page):
+    """The site shows 92 characters of a line; tables and citations may be wider."""
+    blocks = [token for token in MARKDOWN.parse(read(page)) if token.type in ("fence", "code_block")]
+    shown = [block.content for block in blocks if block.info not in ("text", "bibtex", "{eval-rst}")]
+    assert max([len(line) for content in shown for line in content.splitlines()], default=0) <= 90
+
+
 # Links, names, the site.
 
 

@@ -29,10 +29,11 @@ ADAPTER = Path("SmolLM2-135M-APO-zero-lora/adapter_model.safetensors")
 RESULTS = {
     "README.md": [
         "apo-trl demo", "pytest",
-        Path("runs/pairs/clair_local/pairs.jsonl"), Path("runs/anchor/PAIRS/anchor.json"), ADAPTER,
+        Path("runs/pairs/clair_local/pairs.jsonl"), "kept", Path("runs/anchor/PAIRS/anchor.json"), ADAPTER,
         Path("RUN/evaluation.parquet"), INSTALLED,
     ],
     "CONTRIBUTING.md": ["make", "expand"],
+    "index.md": ["apo-trl demo"],
     "start.md": [
         INSTALLED, "apo-trl demo", "held-out pairs",
         "run.yaml", Path("Qwen3-0.6B-APO/adapter_model.safetensors"), Path("Qwen3-0.6B-APO/evaluation.parquet"),
@@ -45,7 +46,7 @@ RESULTS = {
     "data.md": ["rejected"],
     "pairs.md": [
         Path("runs/pairs/clair_local/pairs.jsonl"), ADAPTER, Path("installed/apo_trl/_recipes/pairs/clair.yaml"),
-        "policy-", None, "imported", "reviser-", "Kept 9 of 9",
+        "kept", "policy_truncated", "policy-", None, "imported", "reviser-", "Kept 9 of 9",
     ],
     "anchor.md": [
         "loss_type: apo_zero", Path("runs/first/adapter_model.safetensors"), Path("runs/first/evaluation.parquet"),
@@ -56,7 +57,7 @@ RESULTS = {
     "evidence.md": ["docs/evidence.py"],
     "performance.md": [None, None, None, None, Path("gpu.json")],
     "memory.md": ["of 24"],
-    "migrating.md": ["'rl_beta'", Path("out/model.safetensors"), Path("out/model.safetensors")],
+    "migrating.md": ["'rl_beta'", *[Path("out/model.safetensors")] * 4],
 }  # fmt: skip
 FAILS = {"apo-trl recipes check old.yaml": 1}  # as the page says
 NEEDS_GPU = re.compile(r"# needs .*\bGPUs?\b")

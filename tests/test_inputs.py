@@ -1,13 +1,22 @@
 """Rules for rows: what is refused, and what is left out."""
 
+import json
 import math
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import make_tokenizer
 from datasets import Dataset
+from trl import DPOConfig
 
+from apo_trl import APOConfig
+from apo_trl.config import check_config
 from apo_trl.datasets.preprocessing import normalise_datasets
 from apo_trl.errors import InputError, InvalidRow, nearest
 from apo_trl.io.rows import degenerate_reason, normalise_row
+from apo_trl.training.arguments import check_paths, parse
 
 
 def says(text):
@@ -70,10 +79,182 @@ def test_the_first_bad_row_is_numbered():
         normalise_datasets(Dataset.from_list(rows), "train")
 
 
-def test_a_missing_column_is_named_with_the_nearest():
-    data = Dataset.from_list([GOOD]).rename_column("chosen", "choosen")
-    with pytest.raises(InputError, match=r"no column 'chosen'.*Did you mean 'choosen'\?"):
-        normalise_datasets(data, "train")
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"chosen": "choosen"}, "the unknown column 'choosen'. Did you mean 'chosen'"),
+        ({"rejected": "rejcted"}, "the unknown column 'rejcted'. Did you mean 'rejected'"),
+        ({"prompt": "promt"}, "the unknown column 'promt'. Did you mean 'prompt'"),
+        ({"prompt": "question"}, "the unknown column 'question'. Did you mean 'prompt'"),
+        ({"prompt": "question", "chosen": "answer", "rejected": None}, "Single answers: build pairs of them"),
+        ({"prompt": None, "chosen": "messages", "rejected": None}, "Single answers: build pairs of them"),
+        ({"chosen": "completion", "rejected": "label"}, "use the recipe qwen3-0.6b/kto_apo_zero_unpaired"),
+        ({"chosen": "first", "rejected": "second"}, "no column 'chosen'; its columns are"),
+    ],
+)
+def test_a_column_of_another_name(columns, words):
+    row = {"prompt": "Capital?", "chosen": " Rome.", "rejected": " Paris."}
+    row = {columns.get(name, name): text for name, text in row.items()}
+    row.pop(None, None)
+    with pytest.raises(InputError, match=re.escape(words)):
+        normalise_datasets(Dataset.from_list([row]), "train")
+    with pytest.raises(InvalidRow, match=re.escape(words)):
+        normalise_row(row)
+
+
+@pytest.mark.parametrize("config_class", [APOConfig, DPOConfig])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"beta": "0.1"}, "beta: must be a valid number, got '0.1'. Change it, without quotes"),
+        ({"beta": None}, "beta: must be a valid number"),
+        ({"beta": 0}, "beta: must be greater than 0"),
+        ({"beta": math.nan}, "beta: must be"),
+        ({"beta": math.inf}, "beta: must be"),
+        ({"learning_rate": "1e-5"}, "learning_rate: must be a valid number"),
+        ({"learning_rate": -1.0}, "learning_rate: must be greater than or equal to 0"),
+        ({"label_smoothing": 0.5}, "label_smoothing: must be less than 0.5"),
+        ({"loss_weights": ["1"]}, "loss_weights: must be a valid number"),
+        ({"loss_weights": 1.0}, "loss_weights: must be a valid list"),
+        ({"loss_weights": [math.nan]}, "loss_weights: must be a finite number"),
+        ({"max_length": 0}, "max_length: must be greater than 0"),
+        ({"padding_free": "false"}, "padding_free: must be a valid boolean"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: must be greater than 0"),
+        ({"num_train_epochs": "three"}, "num_train_epochs: must be a valid number"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_out_of_bounds(config_class, settings, words, tmp_path):
+    config = config_class(tmp_path, use_cpu=True)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    with pytest.raises(InputError, match="^" + re.escape(words)):
+        check_config(config)
+    if config_class is APOConfig:
+        with pytest.raises(InputError, match="^" + re.escape(words)):
+            APOConfig(tmp_path, use_cpu=True, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"beta": 1}, {"beta": np.float32(0.1)}, {"seed": np.int64(3)}, {"max_length": None}, {"max_grad_norm": math.inf}],
+    ids=str,
+)
+def test_other_spellings_of_a_number(settings, tmp_path):
+    APOConfig(tmp_path, use_cpu=True, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dpo", "Did you mean 'sigmoid'"),
+        ("apo", "Did you mean 'apo_zero'"),
+        ("APO-Zero", "Did you mean 'apo_zero'"),
+        ("bco", "Did you mean 'bco_pair'"),
+        ("kto", "use the recipe qwen3-0.6b/kto_apo_zero_unpaired"),
+        ("orpo", "not a loss of TRL's DPOTrainer"),
+    ],
+)
+def test_usual_names_of_losses(name, words, tmp_path):
+    with pytest.raises(InputError, match=f"loss_type: '{name}' is unknown.*{words}"):
+        APOConfig(tmp_path, use_cpu=True, loss_type=name)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr("apo_trl.config.is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda *_: False)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_without_a_gpu_the_default_bfloat16_is_off(tmp_path, caplog):
+    assert APOConfig(tmp_path).bf16 is False
+    assert [record.message for record in caplog.records if "bf16 is off" in record.message]
+    assert APOConfig(tmp_path, use_cpu=True).bf16  # as TRL does it
+    with pytest.raises(InputError, match=r"^bf16: requires a GPU.*Remove it"):
+        APOConfig(tmp_path, bf16=True)
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("options", [[], ["--bf16", "true"], ["--tf32", "true"], ["--fp16", "true"]], ids=" ".join)
+def test_without_a_gpu_the_command_runs_on_the_cpu(options, tmp_path, caplog):
+    caplog.set_level("INFO", "apo_trl")
+    flash = ["--attn_implementation", "flash_attention_2"]
+    run, _ = parse([*options, *flash, "--output_dir", str(tmp_path)])
+    training = run.training
+    assert (training.use_cpu, training.bf16, training.fp16, bool(training.tf32)) == (True, False, False, False)
+    assert run.model.attn_implementation == "sdpa"
+    (line,) = [record.message for record in caplog.records if record.name == "apo_trl.config.cpu"]
+    assert line.startswith("No GPU found, training on the CPU")
+
+
+@pytest.mark.parametrize(("folder", "fault"), [("file", "is a file"), ("file/below", "is a file")])
+def test_an_output_folder_that_is_a_file(train, tmp_path, folder, fault):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=f"^output_dir: .*file {fault}"):
+        train(output_dir=str(tmp_path / folder), run=False)
+
+
+def test_a_model_folder_that_is_missing(train, model_dir):
+    with pytest.raises(InputError, match=rf"^model: folder not found.*Did you mean '{re.escape(str(model_dir))}'"):
+        train(model=f"{model_dir}x", run=False)
+
+
+def test_the_packaged_model_by_its_name(train, model_dir, monkeypatch):
+    monkeypatch.setattr("apo_trl.models.packaged.smollm2", lambda: model_dir)
+    assert train(model="SmolLM2-135M-Instruct", run=False).model.config._name_or_path == str(model_dir)
+
+
+def test_messages_without_a_chat_template(train):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match=r"processing_class: no chat template.*-Instruct model"):
+        train(processing_class=tokenizer, run=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--dataset_name", "paris.jsonl"], "dataset_name: file paris.jsonl not found. Did you mean 'pairs.jsonl'"),
+        (["--dataset_name=./paris"], "dataset_name: file not found"),
+        (["--dataset_name", "pairs.csv"], "dataset_name: format not supported"),
+        (["--model_name_or_path", "./modle"], "model_name_or_path: folder not found, got './modle'. Did you mean"),
+    ],
+)
+def test_paths_are_checked_first(options, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pairs.jsonl", "pairs.csv", "model"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match="^" + re.escape(words)):
+        check_paths(options)
+
+
+class TestRunRecord:
+    def record(self, trainer):
+        return json.loads(Path(trainer.args.output_dir, "run.json").read_text())
+
+    def test_any_trainer_writes_it_without_keys(self, train):
+        trainer = train(steps=1, hub_token="secret", model_init_kwargs={"token": "secret"})
+        record = self.record(trainer)
+        assert {"model", "dataset", "settings", "versions", "date", "device"} == record.keys()
+        settings = record["settings"]
+        assert (settings["loss_type"], settings["beta"], settings["learning_rate"]) == (["apo_zero"], 0.1, 1e-3)
+        assert settings["precision"] == "float32, no autocast"
+        assert "8 rows" in record["dataset"]
+        assert "secret" not in json.dumps(record)
+
+    def test_a_resumed_one_keeps_its_date(self, train):
+        trainer = train(steps=1, save_strategy="steps", save_steps=1)
+        path = Path(trainer.args.output_dir, "run.json")
+        path.write_text(json.dumps(self.record(trainer) | {"date": "2026-01-01T00:00:00+00:00"}))
+        train(steps=2, run=False).train(resume_from_checkpoint=True)
+        record = self.record(trainer)
+        assert record["date"] == "2026-01-01T00:00:00+00:00"
+        assert record["resumed"] > record["date"]
+
+    def test_evaluation_alone_writes_none(self, train, dataset):
+        trainer = train(run=False, eval_dataset=dataset)
+        trainer.evaluate()
+        assert not Path(trainer.args.output_dir, "run.json").exists()
 
 
 def test_no_rows():

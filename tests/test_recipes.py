@@ -160,25 +160,25 @@ class TestPlan:
         return capsys.readouterr().out
 
     def test_says_what_fits(self, capsys, model_dir):
-        out = self.run(capsys, model_dir, "llama-3-8b/apo_zero_lora", "--gpu-memory", "24")
+        out = self.run(capsys, model_dir, "llama-3-8b/apo_zero_lora", "--gpu_memory", "24")
         assert "adapters" in out
         assert "24" in out.splitlines()[-1]
 
     def test_more_is_shared_out_under_zero3(self, capsys, model_dir):
         tables = [
-            self.run(capsys, model_dir, "llama-3-8b/apo_zero_full", "--gpu-memory", "80", "--gpus", "8", *hardware)
+            self.run(capsys, model_dir, "llama-3-8b/apo_zero_full", "--gpu_memory", "80", "--gpus", "8", *hardware)
             for hardware in ([], ["--accelerate_config", "zero3"])
         ]
         assert len(set(tables)) == 2
 
     @pytest.mark.parametrize("name", NAMES)
     def test_every_recipe_can_be_planned(self, capsys, model_dir, name):
-        assert "total" in self.run(capsys, model_dir, name, "--gpu-memory", "24")
+        assert "total" in self.run(capsys, model_dir, name, "--gpu_memory", "24")
 
     def test_a_key_given_after_it_counts(self, capsys, model_dir):
-        few = self.run(capsys, model_dir, "llama-3-8b/apo_zero_full", "--gpu-memory", "80")
+        few = self.run(capsys, model_dir, "llama-3-8b/apo_zero_full", "--gpu_memory", "80")
         many = self.run(
-            capsys, model_dir, "llama-3-8b/apo_zero_full", "--gpu-memory", "80", "--per_device_train_batch_size", "64"
+            capsys, model_dir, "llama-3-8b/apo_zero_full", "--gpu_memory", "80", "--per_device_train_batch_size", "64"
         )
         assert few != many
 

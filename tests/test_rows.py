@@ -128,11 +128,11 @@ PAIR = {"prompt": [user("Hi")], **ANSWERS}
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        *[(TEXTS | {name: "Capital?"}, f"no 'prompt'. Did you mean '{name}'")
+        *[(TEXTS | {name: "Capital?"}, f"unknown column '{name}'. Did you mean 'prompt'")
           for name in ("question", "instruction", "input", "query", "context", "promt", "prompts")],
         (TEXTS, "no 'prompt', and without it the answers must share text"),
         (ANSWERS, "no 'prompt', and without it the answers must share at least one message"),
-        (ANSWERS | {"question": "?"}, "Did you mean 'question'"),
+        (ANSWERS | {"question": "?"}, "unknown column 'question'. Did you mean 'prompt'"),
         ({"prompt": [user("Hi")], "chosen": [user("Ho"), says("A")], "rejected": [user("Ho"), says("B")]},
          "role 'user'. Move it to 'prompt'"),
         ({"prompt": "Hi", "chosen": [user("Ho"), says("A")], "rejected": [says("B")]}, "of the role 'user'. Move it"),

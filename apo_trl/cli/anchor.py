@@ -10,21 +10,29 @@ from apo_trl.io.files import write_json
 from apo_trl.pairs import check_installed
 from apo_trl.pairs.config.settings import add_arguments, make_settings
 from apo_trl.training.console import quiet_libraries
+from apo_trl.training.threads import choose_threads
 
 
 def add(commands: Any) -> None:
     help = "measure whether chosen answers beat the policy's own, and suggest a loss"
-    example = "--dataset apo_trl/demo/pairs --policy Qwen/Qwen3-0.6B --judge Qwen/Qwen3-4B --limit 20"
-    usage = "%(prog)s --dataset PAIRS --policy MODEL [--judge MODEL] [--key value ...]"
-    parser = add_command(commands, "anchor", run, help, example, usage=usage)
+    example = "--dataset apo_trl/demo/pairs --policy SmolLM2-135M-Instruct \\\n"
+    example += "    --chosen_score chosen_score --policy_score rejected_score"
+    files = "pairs, and answers and verdicts of models or columns", "anchor.json, and pairs.jsonl with chosen_wins"
+    usage = "%(prog)s --dataset PAIRS --policy MODEL [--key value ...]"
+    parser = add_command(commands, "anchor", run, help, example, *files, usage=usage)
     parser.add_argument("--dataset", required=True, metavar="PAIRS", help="a file, a folder or a hub name")
-    parser.add_argument("--policy", required=True, metavar="MODEL", help="model to be trained; policy_model")
-    parser.add_argument("--judge", metavar="MODEL", help="judge_model, at judge_base_url or in this process")
-    parser.add_argument("--split", default="train", help="(default: %(default)s)")
+    parser.add_argument(
+        "--policy",
+        required=True,
+        metavar="MODEL",
+        help="model to be trained: a folder or hub name, or a name at --policy_base_url",
+    )
+    parser.add_argument("--judge", metavar="MODEL", help="model that judges, the same way")
+    parser.add_argument("--split", default="train", help="split of the dataset (default: %(default)s)")
     parser.add_argument("--limit", type=positive_int, default=200, metavar="N", help="pairs (default: %(default)s)")
-    parser.add_argument("--output_dir", metavar="DIR", help="(default: runs/anchor and the dataset's name)")
-    parser.add_argument("--policy_response", metavar="COLUMN", help="the policy's own answers, instead of sampling")
-    parser.add_argument("--chosen_score", metavar="COLUMN", help="scores of chosen answers, instead of a judge")
+    parser.add_argument("--output_dir", metavar="DIR", help="(default: runs/anchor/NAME)")
+    parser.add_argument("--policy_response", metavar="COLUMN", help="the policy's answers, if not sampled")
+    parser.add_argument("--chosen_score", metavar="COLUMN", help="scores of chosen answers, without a judge")
     parser.add_argument("--policy_score", metavar="COLUMN", help="scores of the policy's own answers")
     add_arguments(parser, judging_keys())
 
@@ -52,6 +60,7 @@ def run(
         report["why"] = "neither --judge nor --chosen_score with --policy_score is set"
     outcomes, answers = report.pop("outcomes"), report.pop("answers")
     if not settings.policy[0].base_url and not report["stopped"]:
+        choose_threads()
         quiet_libraries()
         report["likelihoods"] = module.likelihoods(policy, rows, indices, answers)
     report["contrast"] = module.contrast(rows)

@@ -10,7 +10,8 @@ from apo_trl.training.console import quiet_libraries
 
 def add(commands: Any) -> None:
     help = "time a training step against stock TRL's, and compare the results"
-    parser = add_command(commands, "bench", run, help, "--layers 4 --repeats 3")
+    files = "pairs of FILE, if any, beside random ones", "nothing; prints a table (--json FILE keeps it)"
+    parser = add_command(commands, "bench", run, help, "--layers 4 --repeats 3", *files)
     parser.add_argument("files", metavar="FILE", nargs="*", help="more pairs, as for `apo-trl pairs stats`")
     parser.add_argument("--model", help="shape of the model, with random weights (default: SmolLM2-135M)")
     parser.add_argument("--layers", type=positive_int, metavar="N", help="number of layers (default: the model's)")

@@ -9,13 +9,17 @@ from apo_trl.pairs.config.settings import add_arguments, make_settings
 
 def add(commands: Any) -> None:
     help = "compute the win rate of one model's answers over another's, by a judge"
-    example = "--a runs/first --b Qwen/Qwen3-0.6B --prompts prompts.jsonl --judge Qwen/Qwen3-4B"
-    usage = "%(prog)s --a MODEL --b MODEL --prompts FILE --judge MODEL [--key value ...]"
-    parser = add_command(commands, "compare", run, help, example, usage=usage)
+    example = "--a runs/first --b SmolLM2-135M-Instruct \\\n"
+    example += "    --prompts apo_trl/demo/pairs/test.jsonl --judge Qwen/Qwen3-4B"
+    files = "prompts, and replies of A, B and the judge", "compare.json, with every prompt, to output_dir"
+    usage = "%(prog)s --a MODEL --b MODEL --prompts FILE --judge MODEL\n       [--key value ...]"
+    parser = add_command(commands, "compare", run, help, example, *files, usage=usage)
     parser.add_argument("--a", required=True, metavar="MODEL", help="a folder, a hub name, or a name at a_base_url")
     parser.add_argument("--b", required=True, metavar="MODEL", help="a folder, a hub name, or a name at b_base_url")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="prompts, as for `apo-trl pairs build`")
-    parser.add_argument("--judge", required=True, metavar="MODEL", help="judge_model, at judge_base_url or in process")
+    parser.add_argument(
+        "--judge", required=True, metavar="MODEL", help="model that judges; a name at --judge_base_url, too"
+    )
     parser.add_argument("--a_base_url", metavar="URL", help="server of A (default: in this process)")
     parser.add_argument("--b_base_url", metavar="URL", help="server of B (default: in this process)")
     parser.add_argument("--output_dir", default="runs/compare", metavar="DIR", help="(default: %(default)s)")

@@ -18,7 +18,7 @@ def build_parser() -> Parser:
     description = "Anchored Preference Optimization (APO) for Hugging Face TRL."
     parser = Parser(prog="apo-trl", description=description, epilog="example:\n  apo-trl demo")
     parser.add_argument("--version", action="version", version=__version__, help="print the version and stop")
-    commands = parser.add_subparsers(metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module in _COMMANDS:
         module.add(commands)
     return parser

@@ -3,11 +3,13 @@
 from typing import Any
 
 from apo_trl.cli.options import add_command
+from apo_trl.training.console import quiet_libraries
 
 
 def add(commands: Any) -> None:
     help, example = "merge an adapter into its base model", "runs/first --output_dir merged"
-    parser = add_command(commands, "merge", run, help, example)
+    files = "the folder of an adapter, and its base model", "a whole model to output_dir"
+    parser = add_command(commands, "merge", run, help, example, *files)
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of a trained adapter")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="new or empty folder for the merged model")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: that of the base model)")
@@ -15,6 +17,7 @@ def add(commands: Any) -> None:
 
 
 def run(**options: Any) -> None:
+    quiet_libraries()
     from apo_trl.models.merge import merge
 
     print(f"Merged into {merge(**options)}.")

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from typing import Any, NoReturn
 
 from apo_trl.errors import nearest
@@ -16,7 +17,8 @@ class Parser(argparse.ArgumentParser):
     keeps_rest = False  # unknown arguments, in the option `rest`
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+        super().__init__(allow_abbrev=False, formatter_class=formatter, **settings)
         self.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help="show the whole error")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: D102
@@ -37,9 +39,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message.removeprefix('argument ')}{end} See `{self.prog} --help`.\n")
 
 
-def add_command(commands: Any, name: str, run: Any, help: str, example: str = "", **settings: Any) -> Any:
+def add_command(
+    commands: Any, name: str, run: Any, help: str, example: str = "", reads: str = "", writes: str = "", **settings: Any
+) -> Any:
     """Add a command and return its parser; `run` gets the options by name, `example` ends the help."""
-    parser = commands.add_parser(name, help=help, **{"description": f"{help[0].upper()}{help[1:]}."} | settings)
+    text = f"{help[0].upper()}{help[1:]}." + (f"\n\nreads:  {reads}\nwrites: {writes}" if reads else "")
+    parser = commands.add_parser(name, help=help, **{"description": text} | settings)
     parser.epilog = f"example:\n  {parser.prog} {example}".rstrip()
     parser.set_defaults(run=run)
     return parser

@@ -9,26 +9,32 @@ from apo_trl.errors import InputError
 from apo_trl.io.resources import find_recipe, hardware, pairs_names, recipe_names
 from apo_trl.training.console import quiet_libraries
 
+_TABLE = "nothing; prints a table"
+
 
 def add(commands: Any) -> None:
-    recipes = add_command(commands, "recipes", list_recipes, "list, show, copy and check recipes, or plan their memory")
-    actions = recipes.add_subparsers(metavar="ACTION")
-    add_command(actions, "list", list_recipes, "list the recipes (the default)")
-    action = add_command(actions, "show", show, "print a recipe", "smollm2-135m/demo")
+    help, files = "list, show, copy and check recipes, or plan their memory", "the packaged recipes"
+    recipes = add_command(commands, "recipes", list_recipes, help, "", files, _TABLE)
+    actions = recipes.add_subparsers(title="actions", metavar="ACTION")
+    add_command(actions, "list", list_recipes, "list the recipes (the default)", "", files, _TABLE)
+    help, one = "print a recipe: its purpose, command, hardware, sources and keys", "a recipe of `apo-trl recipes`"
+    action = add_command(actions, "show", show, help, "smollm2-135m/demo", one, "nothing; prints the text")
     action.add_argument("name", metavar="NAME", help="recipe to print")
-    action = add_command(actions, "copy", copy, "copy a recipe to a new file", "smollm2-135m/demo mine.yaml")
+    help, example = "copy a recipe to a new file, to change it", "smollm2-135m/demo mine.yaml"
+    action = add_command(actions, "copy", copy, help, example, one, "FILE, a new one")
     action.add_argument("name", metavar="NAME", help="recipe to copy")
     action.add_argument("file", metavar="FILE", type=Path, help="new file")
-    help = "check files against the installed classes; exit with 1 if one has an error"
-    action = add_command(actions, "check", check, help, "smollm2-135m/demo")
+    help, files = "find errors in a recipe before it runs; exit with 1 if there are any", "FILE, and its local data"
+    action = add_command(actions, "check", check, help, "smollm2-135m/demo", files, "nothing; prints findings")
     action.add_argument("files", metavar="FILE", nargs="+", help="a YAML file or the name of a recipe")
-    help = "estimate memory per GPU, and suggest changes if it does not fit; keys of the recipe can follow"
-    action = add_command(actions, "plan", plan, help, "qwen3-1.7b/apo_zero_lora --gpus 1 --gpu_memory 24")
+    help, example = "estimate memory per GPU, and suggest what to change", "qwen3-1.7b/apo_zero_lora --gpu_memory 24"
+    files, usage = "a recipe, and the shape of its model", "%(prog)s NAME --gpu_memory GB [--gpus N] [--key value ...]"
+    action = add_command(actions, "plan", plan, help, example, files, _TABLE, usage=usage)
     action.keeps_rest = True
     action.add_argument("name", metavar="NAME", help="a YAML file or the name of a recipe")
-    action.add_argument("--gpus", type=positive_int, default=1, metavar="N", help="number (default: %(default)s)")
-    action.add_argument("--gpu_memory", "--gpu-memory", type=float, required=True, metavar="GB", help="per GPU")
-    action.add_argument("--accelerate_config", default="ddp", metavar="NAME_OR_FILE", help="(default: %(default)s)")
+    action.add_argument("--gpus", type=positive_int, default=1, metavar="N", help="GPUs (default: %(default)s)")
+    action.add_argument("--gpu_memory", type=float, required=True, metavar="GB", help="memory of one GPU")
+    action.add_argument("--accelerate_config", default="ddp", metavar="NAME", help="hardware (default: %(default)s)")
 
 
 def list_recipes() -> None:

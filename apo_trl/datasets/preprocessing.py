@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Json, Value, concatenate_datasets
 
 from apo_trl import io
 from apo_trl.config import keeps_degenerate_pairs
-from apo_trl.errors import InputError, InvalidRow, nearest
+from apo_trl.errors import InputError, InvalidRow
 from apo_trl.io.rows import OTHER_FORMATS, degenerate_reason, normalise_row, row_form
 
 __all__ = ["filter_degenerate_pairs", "map_datasets", "normalise_datasets"]
-
-logger = get_logger(__name__)
 
 _BATCH_SIZE = 1000  # rows; fewer are not worth a second process
 _REASON = {"reason": Value("string")}
@@ -61,11 +58,9 @@ def _normalise(dataset: Any, name: str, *, needs_wins: bool, args: Any) -> Any:
     columns = list(dataset.column_names)
     for column in ("chosen", "rejected", *(["chosen_wins"] if needs_wins else [])):
         if column not in columns:
-            why = ", required by the loss 'apo_blend'" if column == "chosen_wins" else ""
-            raise InputError(
-                f"The {name} dataset has no column '{column}'{why}; its columns are {columns}."
-                f"{nearest(column, columns)} Add it, or rename one with `dataset.rename_column`."
-            )
+            from apo_trl.io.columns import missing_column
+
+            raise InputError(f"The {name} dataset {missing_column(column, columns)}.")
     if len(dataset) == 0:
         raise InputError(f"The {name} dataset has no rows. Use one with at least one pair.")
     form, vision = row_form(dataset.select_columns("chosen")[0]), not _IMAGES.isdisjoint(columns)
@@ -151,15 +146,9 @@ def _filter_pairs(dataset: Dataset, options: dict[str, Any], name: str, dropped:
         dropped.update(reasons.drop_null().to_pylist())
     if not dropped.total():
         return dataset
-    counts = ", ".join(f"{count} because {why}" for why, count in dropped.most_common() if count)
-    if dropped.total() == total:
-        raise InputError(
-            f"All pairs of the {name} dataset are degenerate: {counts}. Check the data, or raise max_length."
-        )
-    logger.warning(
-        f"Dropped {dropped.total()} of {total} pairs of the {name} dataset: {counts}. Set keep_degenerate_pairs=True "
-        "in APOConfig to keep those that fit into max_length."
-    )
+    from apo_trl.datasets.dropped import report_dropped
+
+    report_dropped(dropped, total, name)
     return dataset.select(pc.indices_nonzero(pc.is_null(reasons)).to_pylist())
 
 

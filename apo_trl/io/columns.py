@@ -1,15 +1,19 @@
 """What only some rows have: messages as JSON, other roles, tools, images, `chosen_wins`, and more in messages."""
 
+import difflib
 import json
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from apo_trl.errors import InvalidRow
 from apo_trl.io.messages import replace_surrogates
 
-__all__ = ["as_json", "check_role", "content_error", "message_list", "normalise_columns", "parse_messages"]
+__all__ = ["as_json", "check_role", "content_error", "message_list", "missing_column", "normalise_columns"]
+__all__ += ["parse_messages", "unknown_column"]
+
+_SINGLE_ANSWERS = {"messages", "conversations", "completion", "answer", "response", "output", "text"}
 
 _ROLES_ELSEWHERE = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {
     "human": "user", "gpt": "assistant", "bot": "assistant", "ai": "assistant",
@@ -27,6 +31,29 @@ def parse_messages(text: str) -> Any:
     messages = [each for each in value if isinstance(each, dict) and "role" in each]
     said = [each for each in messages if "content" in each or "tool_calls" in each]
     return value if value and len(said) == len(value) else text
+
+
+def missing_column(column: str, row: Iterable[str]) -> InvalidRow:
+    """Return the error for a row or a dataset, given by its columns, without one of them."""
+    row = row if isinstance(row, Mapping) else dict.fromkeys(row, "")
+    if column in row:
+        return InvalidRow(f"has no '{column}'. Fill it or remove the row")
+    others = [name for name in row if name not in ("prompt", "chosen", "rejected")]
+    if match := difflib.get_close_matches(column, others, 1, 0.75):
+        return unknown_column(match[0], column)
+    if {"prompt", "completion", "label"} <= row.keys():
+        remedy = "Single answers with labels: use the recipe qwen3-0.6b/kto_apo_zero_unpaired, or build pairs of them"
+    elif column != "chosen_wins" and not {"chosen", "rejected"} & row.keys() and _SINGLE_ANSWERS & row.keys():
+        remedy = "Single answers: build pairs of them with `apo-trl pairs build`"
+    else:
+        remedy = "Add it, or rename one with `dataset.rename_column`"
+    why = ", required by the loss 'apo_blend'" if column == "chosen_wins" else ""
+    return InvalidRow(f"has no column '{column}'{why}; its columns are {list(row)}. {remedy}")
+
+
+def unknown_column(name: str, meant: str) -> InvalidRow:
+    """Return the error for a column of another name, such as "promt" or "question"."""
+    return InvalidRow(f"has the unknown column '{name}'. Did you mean '{meant}'? Rename it")
 
 
 def message_list(value: Any, field: str) -> list[Any]:

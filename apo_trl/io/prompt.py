@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from apo_trl.errors import InvalidRow
+from apo_trl.io.columns import unknown_column
 from apo_trl.io.messages import BEFORE_AN_ANSWER, common_prefix_length
 
 __all__ = ["split_prompt"]
@@ -47,7 +48,7 @@ def _find_prompt(row: Mapping[str, Any], chosen: Any, rejected: Any, vision: boo
         length -= 1  # a space belongs to the word after it
     if isinstance(chosen, str) or not length:
         if name := _other_name(row):
-            raise InvalidRow(f"has no 'prompt'. Did you mean '{name}'? Rename that column to 'prompt'")
+            raise unknown_column(name, "prompt")
         if not length:
             least = "text to begin with" if isinstance(chosen, str) else "at least one message"
             raise InvalidRow(f"has no 'prompt', and without it the answers must share {least}. Add the column")

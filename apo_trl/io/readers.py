@@ -11,10 +11,18 @@ from typing import Any
 
 from apo_trl.errors import InputError, InvalidRow
 from apo_trl.io.messages import one_line
-from apo_trl.io.resources import packaged
+from apo_trl.io.resources import check_path, nearest_path, packaged
 from apo_trl.io.rows import ROW_COLUMNS, normalise_row, row_form
 
-__all__ = ["file_builder", "is_local", "load_dataset", "load_dataset_splits", "loading_errors", "open_text"]
+__all__ = [
+    "check_dataset",
+    "file_builder",
+    "is_local",
+    "load_dataset",
+    "load_dataset_splits",
+    "loading_errors",
+    "open_text",
+]
 __all__ += ["read_pairs", "read_rows", "valid_rows"]
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
@@ -66,8 +74,7 @@ def read_rows(path: str, split: str = "train") -> Iterator[dict[str, Any]]:
     Raises InputError if the dataset cannot be read, or a row is not an object.
     """
     builder = file_builder(path)
-    if builder and not Path(path).exists():
-        raise InputError(f"{path}: file not found. Check the path.")
+    check_dataset(path, "dataset")
     try:
         rows = _rows_of_file(path, builder) if builder else load_dataset(path, split=split, streaming=True)
         for number, row in enumerate(rows, start=1):
@@ -141,6 +148,15 @@ def is_local(path: str) -> bool:
     return Path(path).exists() or packaged(path) is not None
 
 
+def check_dataset(name: str, field: str = "dataset_name") -> None:
+    """Raise InputError if a dataset's name is the path of nothing, or of a file of another format."""
+    check_path(name, field, "file")
+    if file_builder(name) and not is_local(name):
+        raise InputError(f"{field}: file {name} not found.{nearest_path(name)} Check the path.")
+    if Path(name).is_file() and not file_builder(name):
+        raise InputError(f"{field}: format not supported, got '{name}'. Convert it to {', '.join(_BUILDERS)}.")
+
+
 def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
     """Load like `datasets.load_dataset`; `path` may also be a .jsonl, .json or .parquet file, compressed or not."""
     from datasets.load import load_dataset  # `apo_trl.run` puts ours in the place of `datasets.load_dataset`
@@ -193,8 +209,7 @@ def load_dataset_splits(
     name: str, *, config: str | None = None, streaming: bool = False, field: str = "dataset_name"
 ) -> Any:
     """Load a file, a folder or a hub name as a dictionary of splits; `field` is the setting that named it."""
-    if file_builder(name) and not is_local(name):
-        raise InputError(f"{field}: file {name} not found. Check the path.")
+    check_dataset(name, field)
     with loading_errors(name):
         return load_dataset(name, name=config, streaming=streaming)
 

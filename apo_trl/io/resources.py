@@ -7,8 +7,8 @@ import yaml
 
 from apo_trl.errors import InputError, nearest
 
-__all__ = ["DEMO_PAIRS", "accelerate_config", "find_recipe", "hardware", "packaged", "read_yaml"]
-__all__ += ["pairs_names", "recipe_folder", "recipe_names"]
+__all__ = ["DEMO_PAIRS", "accelerate_config", "check_path", "find_recipe", "hardware", "nearest_path", "packaged"]
+__all__ += ["pairs_names", "read_yaml", "recipe_folder", "recipe_names"]
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -41,6 +41,20 @@ def packaged(path: str) -> Path | None:
     """Return the packaged file or folder of a path that begins with `apo_trl/`, as recipes write it, or None."""
     inside = _PACKAGE.parent / path
     return inside if path.startswith("apo_trl/") and not Path(path).exists() and inside.exists() else None
+
+
+def check_path(name: str, field: str, kind: str) -> None:
+    """Raise InputError if a name is spelt as a path, and no such file or folder exists."""
+    is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+    if is_path and not Path(name).exists() and packaged(name) is None:
+        raise InputError(f"{field}: {kind} not found, got '{name}'.{nearest_path(name)} Check the path.")
+
+
+def nearest_path(name: str) -> str:
+    """Return " Did you mean './model'?" with the file or folder beside a missing one that is closest to its name."""
+    path = Path(name)
+    beside = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    return nearest(str(path), beside)
 
 
 def find_recipe(name: str) -> Path:

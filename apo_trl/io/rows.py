@@ -53,7 +53,7 @@ def normalise_row(
         vision = "images" in row or "image" in row
     # Parquet has a null where JSONL has no prompt.
     sides = [side for side in ("prompt", "chosen", "rejected") if side != "prompt" or row.get("prompt") is not None]
-    values = {side: _side(row.get(side), side, vision) for side in sides}
+    values = {side: _side(row, side, vision) for side in sides}
     texts = {side for side, value in values.items() if isinstance(value, str)}
     if texts not in (set(), {"prompt"}, set(sides)):
         names = " and ".join(map(repr, sorted(texts)))
@@ -76,9 +76,12 @@ def normalise_row(
     return normal
 
 
-def _side(value: Any, side: str, vision: bool) -> Any:
+def _side(row: Mapping[str, Any], side: str, vision: bool) -> Any:
+    value = row.get(side)
     if value is None:
-        raise InvalidRow(f"has no '{side}'. Fill it or remove the row")
+        from apo_trl.io.columns import missing_column
+
+        raise missing_column(side, row)
     if isinstance(value, str) and isinstance(value := _parse(value), str):
         return replace_surrogates(value)
     messages = normalise_messages(value, side, vision)

@@ -33,6 +33,11 @@ def encode_pair(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list
         end = getattr(tokenizer, "tokenizer", tokenizer).eos_token or ""
         sides = [side.removesuffix(end) + end for side in sides]
     else:
+        if not getattr(tokenizer, "chat_template", None):
+            remedy = "Use an -Instruct model, set `tokenizer.chat_template`, or use rows of text"
+            raise InputError(
+                f"processing_class: no chat template in the model's tokenizer for rows of messages. {remedy}."
+            )
         options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
         start_options = {"add_generation_prompt": True}
     try:
@@ -40,8 +45,6 @@ def encode_pair(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list
         whole = [list(_tokenize(tokenizer, prompt + side, **options)["input_ids"]) for side in sides]
     except Exception as error:  # a template may raise what it likes
         remedy = "Correct the row, or set a template that takes it."
-        if not getattr(tokenizer, "chat_template", None):
-            remedy = "Set `tokenizer.chat_template`, or use rows of text."
         raise InputError(f"The chat template cannot render this pair: {one_line(error)}. {remedy}") from error
     at = min(common_prefix_length(start, ids) for ids in whole)
     return start[:at], whole[0][at:], whole[1][at:]

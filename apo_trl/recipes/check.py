@@ -73,10 +73,13 @@ def _data(run: Any) -> Iterator[Finding]:
     from apo_trl.datasets.rendering import first_failure
     from apo_trl.io.tokenization import encode_pair
     from apo_trl.models.loading import load_tokenizer
+    from apo_trl.training.script import select_splits
 
     model, longest, wins = run.model.model_name_or_path, run.training.max_length, "apo_blend" in run.training.loss_type
     tokenizer: Any = None
-    for split, rows in local_dataset(run).items():
+    if splits := local_dataset(run):
+        select_splits(splits, run)
+    for split, rows in splits.items():
         try:
             rows = normalise_datasets(rows, split, wins)
         except InputError as error:

@@ -2,13 +2,12 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-import transformers
-from packaging.version import Version
+from pydantic import ConfigDict, Field, ValidationError, create_model
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
-from apo_trl.errors import InputError, nearest
 from apo_trl.losses import LOSSES
 
 __all__ = [
@@ -80,34 +79,43 @@ class APOConfig(DPOConfig):
         super().__post_init__()
 
 
+_POSITIVE = ("beta", "max_length", "gradient_accumulation_steps", "per_device_train_batch_size")
+_BOUNDS: dict[str, Any] = dict.fromkeys((*_POSITIVE, "per_device_eval_batch_size"), Field(None, gt=0))
+_BOUNDS |= dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"), Field(None, ge=0))
+_BOUNDS["label_smoothing"] = Field(None, ge=0, lt=0.5)
+_CHECKED: dict[str, Any] = {
+    name: (hint, _BOUNDS.get(name))
+    for name, hint in get_type_hints(APOConfig).items()
+    if str not in get_args(hint) and not {float, int, bool, list[float]}.isdisjoint((hint, *get_args(hint)))
+}
+_Values = create_model("_Values", __config__=ConfigDict(strict=True, allow_inf_nan=False), **_CHECKED)
+
+
 def check_config(config: DPOConfig) -> None:
-    """Raise InputError if a loss is unknown, or conflicts with another setting."""
-    names = loss_names(config)
-    known = [*ADDED_LOSSES, *TRL_LOSSES]
-    if not names:
-        raise InputError(f"loss_type: required, got an empty list. Use one or more of {', '.join(known)}.")
-    for name in names:
-        if name not in known:
-            raise InputError(f"loss_type: '{name}' is unknown.{nearest(name, known)} Use one of {', '.join(known)}.")
-        for option, default in (("f_divergence_type", "reverse_kl"), ("use_weighting", False)):
-            if name in ADDED_LOSSES and (value := getattr(config, option)) != default:
-                fault = f"{option}: {value!r} is not supported with loss_type '{name}'"
-                raise InputError(f"{fault}. Set it to {default!r}.")
-    if config.loss_weights and len(config.loss_weights) != len(names):
-        raise InputError(
-            f"loss_weights: must have one weight for each of the {len(names)} losses in loss_type "
-            f"({', '.join(names)}), got {len(config.loss_weights)}. Add or remove weights."
-        )
-    if groups_prompts(config) and (other := _other_order(config)):
-        raise InputError(f"group_by_prompt: conflicts with {other}: both set the sampling order. Unset one.")
+    """Check settings, and turn off the bfloat16 that TRL sets by default if the machine cannot compute it.
 
+    Raises InputError for an unknown loss, for a value of the wrong type or out of its bounds, and for a conflict.
+    """
+    try:
+        _Values.model_validate(vars(config))
+    except ValidationError as error:
+        from apo_trl.config.conflicts import check_value
 
-def _other_order(config: DPOConfig) -> str:
-    """Return the setting of transformers that orders the rows, or an empty string if the order is random."""
-    if Version(transformers.__version__) < Version("5"):  # goes when that is the floor
-        return "group_by_length=True" if config.group_by_length else ""
-    strategy = config.train_sampling_strategy
-    return "" if strategy == "random" else f"train_sampling_strategy='{strategy}'"
+        check_value(config, error)
+    names, known = loss_names(config), [*ADDED_LOSSES, *TRL_LOSSES]
+    of_losses = config.loss_weights or config.use_weighting or config.f_divergence_type != "reverse_kl"
+    if of_losses or not names or not set(known).issuperset(names):
+        from apo_trl.config.conflicts import check_losses
+
+        check_losses(config, names, ADDED_LOSSES, known)
+    if groups_prompts(config):
+        from apo_trl.config.conflicts import check_order
+
+        check_order(config)
+    if not config.use_cpu and config.bf16 is not False and not is_torch_bf16_gpu_available():
+        from apo_trl.config.cpu import choose_precision
+
+        choose_precision(config)
 
 
 def groups_prompts(config: DPOConfig | None) -> bool:
