@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["REGIMES", "pair_metrics", "regime", "regimes"]
-
-REGIMES = ("separated", "both_up", "displaced")
-"""The regimes that exclude each other; a pair outside of them has a wrong margin or a side at the anchor."""
+__all__ = ["pair_metrics", "regimes"]
 
 
 def regimes(chosen_logratio: Any, rejected_logratio: Any) -> dict[str, Any]:
@@ -24,12 +21,6 @@ def regimes(chosen_logratio: Any, rejected_logratio: Any) -> dict[str, Any]:
         "displaced": (rejected_logratio < chosen_logratio) & (chosen_logratio < 0),
         "both_up": (chosen_logratio > 0) & (rejected_logratio > 0),
     }
-
-
-def regime(chosen_logratio: float, rejected_logratio: float) -> str:
-    """Return the one of `REGIMES` that a pair is in, or "other"."""
-    holds = regimes(chosen_logratio, rejected_logratio)
-    return next((name for name in REGIMES if holds[name]), "other")
 
 
 def pair_metrics(

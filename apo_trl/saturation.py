@@ -17,9 +17,7 @@ PAIR_LOSSES = frozenset({
     *LOSSES, "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
     "discopop",
 })  # fmt: skip
-"""The losses in which each pair has a slope of its own: not those that sort the batch, and not `sft`.
-
-Those of TRL are in `trl_losses.EQUATIONS`, which a run with ours does not load."""
+"""The losses in which each pair has a slope of its own: not those that sort the batch, and not `sft`."""
 
 
 def slope(name: str, chosen: Tensor, rejected: Tensor, config: Any, chosen_wins: Tensor | None = None) -> Tensor:

@@ -19,10 +19,11 @@ from transformers import AutoProcessor, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from apo_trl.config import ADDED_LOSSES, SMOOTHED_LOSSES, APOConfig, check_config, groups_prompts, loss_names
+from apo_trl.config import ADDED_LOSSES, SMOOTHED_LOSSES, APOConfig, check_config, has_option, loss_names
 from apo_trl.datasets.preprocessing import filter_degenerate_pairs, normalise_datasets
-from apo_trl.datasets.rendering import first_failure, render_first_rows
+from apo_trl.datasets.rendering import render_first_rows
 from apo_trl.errors import InputError
+from apo_trl.io.run_record import write_run
 from apo_trl.losses import LOSSES, apply_loss, pair_columns
 from apo_trl.metrics import pair_metrics
 from apo_trl.saturation import Saturation
@@ -68,7 +69,7 @@ class _AnchoredTrainer(DPOTrainer):
         self._own_start: bool | None = ref_model is None  # is the reference the policy's; None after the first batch
         needs_wins = "apo_blend" in loss_names(config)
         datasets = {name: bound.arguments.get(f"{name}_dataset") for name in ("train", "eval")}
-        self.run_record: dict[str, Any] = {"dataset": _describe(datasets["train"])}  # more for `run.json`
+        self.run_record: dict[str, Any] = {}  # more for `run.json`
         datasets = {name: normalise_datasets(each, name, needs_wins, config) for name, each in datasets.items()}
         processor = bound.arguments.get("processing_class")
         if processor is None:  # as TRL, which loads the model first
@@ -106,8 +107,7 @@ class _AnchoredTrainer(DPOTrainer):
         """Check the settings before a model is loaded, and set what the model card cites."""
         check_config(config)
         if config.should_save:
-            path = Path(config.output_dir).absolute()
-            existing = next(place for place in (path, *path.parents) if os.path.exists(place))
+            existing = next(path for path in Path(config.output_dir, "x").absolute().parents if path.exists())
             if not existing.is_dir() or not os.access(existing, os.W_OK):
                 from apo_trl.config.conflicts import output_dir_error
 
@@ -159,6 +159,8 @@ class _AnchoredTrainer(DPOTrainer):
         try:
             tokenized = super()._prepare_dataset(dataset, processing_class, _dpo_settings(args), dataset_name)
         except Exception as error:  # a chat template may raise what it likes
+            from apo_trl.io.tokenization import first_failure
+
             if failure := first_failure(dataset, dataset_name, processing_class):
                 raise InputError(failure) from error
             raise
@@ -180,7 +182,7 @@ class _AnchoredTrainer(DPOTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if groups_prompts(self.args):
+        if has_option(self.args, "group_by_prompt"):
             from apo_trl.datasets.grouping import group_sampler
 
             sampler = group_sampler(dataset, self.args, self._train_batch_size)
@@ -201,13 +203,11 @@ class _AnchoredTrainer(DPOTrainer):
 
         return forward_epochs(loader)
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """Write `run.json` into the output folder, and train as TRL does."""
         if self.is_world_process_zero():
-            from apo_trl.io.run_record import write_run
-
-            write_run(self, resumed=bool(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            write_run(self)
+        return super().train(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Check the rows of a dataset that is passed only here, and evaluate as TRL does."""
@@ -314,11 +314,6 @@ class APOTrainer(_AnchoredTrainer):
         trainer = APOTrainer("Qwen/Qwen3-0.6B", args=APOConfig("out"), train_dataset=pairs)
         trainer.train()
     """
-
-
-def _describe(dataset: Any) -> str:
-    name = (isinstance(dataset, (Dataset, IterableDataset)) and dataset.info.dataset_name) or type(dataset).__name__
-    return f"{name}, {len(dataset):,} rows, {dataset._fingerprint}" if isinstance(dataset, Dataset) else name
 
 
 def _dpo_settings(args: DPOConfig) -> Any:

@@ -15,7 +15,8 @@ from apo_trl.cli import main as cli
 from apo_trl.errors import InputError
 from apo_trl.evaluation.evaluate import evaluate, summarise, table
 from apo_trl.evaluation.intervals import mean_interval, probability_between, wilson
-from apo_trl.metrics import pair_metrics, regime
+from apo_trl.evaluation.regimes import regime
+from apo_trl.metrics import pair_metrics
 from apo_trl.models.loading import find_model, load_config, load_policy, load_tokenizer
 from apo_trl.models.merge import merge
 from apo_trl.models.packaged import MODEL_NAME

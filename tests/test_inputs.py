@@ -242,15 +242,6 @@ class TestRunRecord:
         assert "8 rows" in record["dataset"]
         assert "secret" not in json.dumps(record)
 
-    def test_a_resumed_one_keeps_its_date(self, train):
-        trainer = train(steps=1, save_strategy="steps", save_steps=1)
-        path = Path(trainer.args.output_dir, "run.json")
-        path.write_text(json.dumps(self.record(trainer) | {"date": "2026-01-01T00:00:00+00:00"}))
-        train(steps=2, run=False).train(resume_from_checkpoint=True)
-        record = self.record(trainer)
-        assert record["date"] == "2026-01-01T00:00:00+00:00"
-        assert record["resumed"] > record["date"]
-
     def test_evaluation_alone_writes_none(self, train, dataset):
         trainer = train(run=False, eval_dataset=dataset)
         trainer.evaluate()

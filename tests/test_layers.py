@@ -17,7 +17,7 @@ PLUGIN = {
     "io",
     "io.messages",
     "io.rows",
-    "io.tokenization",
+    "io.run_record",
     "losses",
     "metrics",
     "registration",
@@ -72,7 +72,7 @@ def test_registering_loads_no_tool():
 
 def test_a_training_run_with_the_defaults_loads_the_plugin_and_no_tool(model_dir, tmp_path):
     modules = loaded(RUN.format(tests=str(Path(__file__).parent), model=str(model_dir), folder=str(tmp_path)))
-    assert modules == PLUGIN | PREFIX_SHARING | {"io.run_record"}
+    assert modules == PLUGIN | PREFIX_SHARING
     assert 1000 < lines(modules) <= 2000
 
 

@@ -14,9 +14,10 @@ from transformers import EarlyStoppingCallback
 from trl import DPOConfig, DPOTrainer
 
 from apo_trl.config import TRL_LOSSES
+from apo_trl.evaluation.regimes import REGIMES, regime
 from apo_trl.io.resources import recipe_folder
 from apo_trl.losses import LOSSES
-from apo_trl.metrics import REGIMES, pair_metrics, regime
+from apo_trl.metrics import pair_metrics
 from apo_trl.registration import register, unregister
 from apo_trl.saturation import PAIR_LOSSES, Saturation, largest_slope, slope
 

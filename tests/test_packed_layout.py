@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import apo_trl.prefix_sharing.layout as layout
-from apo_trl.io.rows import common_prefix_length
+from apo_trl.io.prompt import common_prefix_length
 from apo_trl.prefix_sharing import PackedBatch, PackingCollator, pack, sdpa
 from apo_trl.prefix_sharing.attention import gather, install
 from apo_trl.prefix_sharing.sdpa import Plan, split_attention

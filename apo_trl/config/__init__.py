@@ -11,8 +11,7 @@ from trl import DPOConfig
 from apo_trl.losses import LOSSES
 
 __all__ = [
-    "ADDED_LOSSES", "SMOOTHED_LOSSES", "TRL_LOSSES", "APOConfig", "check_config", "groups_prompts",
-    "keeps_degenerate_pairs", "loss_names",
+    "ADDED_LOSSES", "SMOOTHED_LOSSES", "TRL_LOSSES", "APOConfig", "check_config", "has_option", "loss_names",
 ]  # fmt: skip
 
 _LISTED = re.findall(r"'(\w+)'", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
@@ -108,7 +107,7 @@ def check_config(config: DPOConfig) -> None:
         from apo_trl.config.conflicts import check_losses
 
         check_losses(config, names, ADDED_LOSSES, known)
-    if groups_prompts(config):
+    if has_option(config, "group_by_prompt"):
         from apo_trl.config.conflicts import check_order
 
         check_order(config)
@@ -118,14 +117,9 @@ def check_config(config: DPOConfig) -> None:
         choose_precision(config)
 
 
-def groups_prompts(config: DPOConfig | None) -> bool:
-    """Return whether pairs of one prompt share a batch."""
-    return isinstance(config, APOConfig) and config.group_by_prompt
-
-
-def keeps_degenerate_pairs(config: DPOConfig | None) -> bool:
-    """Return whether degenerate pairs stay in the dataset."""
-    return isinstance(config, APOConfig) and config.keep_degenerate_pairs
+def has_option(config: DPOConfig | None, name: str) -> bool:
+    """Return whether an option that `APOConfig` adds is on."""
+    return isinstance(config, APOConfig) and bool(getattr(config, name))
 
 
 def loss_names(config: DPOConfig) -> list[str]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import RandomSampler, Sampler
 
 from apo_trl.config import APOConfig, loss_names
-from apo_trl.io.rows import common_prefix_length
+from apo_trl.io.prompt import common_prefix_length
 
 __all__ = ["BalancedSampler", "EpochSampler", "assign_cells", "balance_sampler", "count_tokens", "forward_epochs"]
 

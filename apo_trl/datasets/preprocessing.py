@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Json, Value, concatenate_datasets
 
 from apo_trl import io
-from apo_trl.config import keeps_degenerate_pairs
+from apo_trl.config import has_option
 from apo_trl.errors import InputError, InvalidRow
 from apo_trl.io.rows import OTHER_FORMATS, degenerate_reason, normalise_row, row_form
 
@@ -76,7 +76,7 @@ def _normalise(dataset: Any, name: str, *, needs_wins: bool, args: Any) -> Any:
     if (number := pc.index(valid, False).as_py()) >= 0:
         raise InputError(f"Row {number} of the {name} dataset {normal[number]['reason']}.")
     if vision:
-        keeps = keeps_degenerate_pairs(args)
+        keeps = has_option(args, "keep_degenerate_pairs")
         return dataset if keeps else _filter_pairs(dataset, {"vision": True}, name, Counter(), args)
     rest = dataset.remove_columns([column for column in columns if column in kinds or column in OTHER_FORMATS])
     normal = normal.remove_columns("reason")
@@ -125,7 +125,7 @@ def filter_degenerate_pairs(dataset: Any, name: str, args: Any, *, before: int, 
     TRL has tokenized it from `before` rows, and dropped those whose prompt is too long. `name` and `args` are those of
     `normalise_datasets`. Pairs of a stream are dropped as they arrive. Raises InputError if no pair is left.
     """
-    if keeps_degenerate_pairs(args):
+    if has_option(args, "keep_degenerate_pairs"):
         return dataset
     options = {"max_length": args.max_length, "keep_end": args.truncation_mode == "keep_end", "eos_token": eos_token}
     if isinstance(dataset, IterableDataset):

@@ -1,14 +1,14 @@
-"""The first row of every dataset is rendered before the model is loaded; a later one that fails is found."""
+"""The first row of every dataset is rendered before the model is loaded."""
 
 from typing import Any
 
 from datasets import IterableDataset
+from trl import apply_chat_template
 
 from apo_trl.datasets.preprocessing import map_datasets
 from apo_trl.errors import InputError
-from apo_trl.io.tokenization import encode_pair
 
-__all__ = ["first_failure", "render_first_rows"]
+__all__ = ["render_first_rows"]
 
 
 def render_first_rows(argument: Any, name: str, needs_wins: bool, processor: Any) -> Any:
@@ -35,18 +35,14 @@ def render_first_rows(argument: Any, name: str, needs_wins: bool, processor: Any
             from apo_trl.datasets.texts import check_special_tokens
 
             check_special_tokens(dataset, name, getattr(processor, "tokenizer", processor))
-        elif failure := first_failure([first], name, processor):
-            raise InputError(failure)
+        else:
+            try:
+                apply_chat_template(first, processor, first.get("tools"))
+            except Exception as error:  # a template may raise what it likes
+                from apo_trl.io.tokenization import first_failure
+
+                if failure := first_failure([first], name, processor):
+                    raise InputError(failure) from error
         return dataset
 
     return map_datasets(argument, name, render)
-
-
-def first_failure(rows: Any, name: str, processor: Any) -> str:
-    """Return which row is the first that cannot be rendered, and why, or an empty string, as for a stream."""
-    for number, row in enumerate(() if isinstance(rows, IterableDataset) else rows):
-        try:
-            encode_pair(processor, row)
-        except InputError as error:
-            return f"Row {number} of the {name} dataset: {error}"
-    return ""

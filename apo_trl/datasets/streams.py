@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 
-from apo_trl.config import groups_prompts
+from apo_trl.config import has_option
 from apo_trl.errors import InputError, InvalidRow
 from apo_trl.io.rows import OTHER_FORMATS, degenerate_reason, normalise_row, row_form
 from apo_trl.io.tokenization import encode_pair
@@ -20,7 +20,7 @@ def check_settings(config: Any) -> None:
     """Raise InputError if the settings of a run rule out that it trains on a stream."""
     if config.max_steps <= 0:
         raise InputError("max_steps: required for a stream, whose length is unknown. Set the number of steps.")
-    if groups_prompts(config):
+    if has_option(config, "group_by_prompt"):
         raise InputError(
             "group_by_prompt: not supported for a stream. Set it to False, or load the dataset without streaming."
         )

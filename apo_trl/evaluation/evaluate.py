@@ -15,10 +15,11 @@ from apo_trl.datasets.preprocessing import normalise_datasets
 from apo_trl.errors import InputError
 from apo_trl.evaluation.intervals import mean_interval, wilson
 from apo_trl.evaluation.provenance import described, read_record, trained_on
+from apo_trl.evaluation.regimes import regime
 from apo_trl.evaluation.scoring import pair_logps, tokenize_pairs
 from apo_trl.io.files import atomic_write
 from apo_trl.io.readers import load_dataset_splits
-from apo_trl.metrics import regime, regimes
+from apo_trl.metrics import regimes
 from apo_trl.models.loading import find_model, is_adapter, load_policy, pad_token, read_adapter
 from apo_trl.reference import base_change
 from apo_trl.training.movement import hardly_moved, movement_of

@@ -1,9 +1,9 @@
 """Text of chat messages and of errors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["BEFORE_AN_ANSWER", "common_prefix_length", "content_text", "one_line", "replace_surrogates"]
+__all__ = ["BEFORE_AN_ANSWER", "content_text", "one_line", "replace_surrogates"]
 
 BEFORE_AN_ANSWER = ("system", "developer", "user")
 """Roles of messages that no answer begins with."""
@@ -31,9 +31,3 @@ def replace_surrogates(text: str) -> str:
 def one_line(error: object) -> str:
     """Return an error's message on one line, shortened, without its full stop, or its class if it has no message."""
     return " ".join(replace_surrogates(str(error)).split())[:300].rstrip(".;: ") or type(error).__name__
-
-
-def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Return how many elements two sequences begin with in common."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (left, right) in pairs if left != right), min(len(first), len(second)))

@@ -1,14 +1,14 @@
 """Where the prompt of a row is: apart, in front of both answers, or in a column of another name."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apo_trl.errors import InvalidRow
 from apo_trl.io.columns import unknown_column
-from apo_trl.io.messages import BEFORE_AN_ANSWER, common_prefix_length
+from apo_trl.io.messages import BEFORE_AN_ANSWER
 
-__all__ = ["split_prompt"]
+__all__ = ["common_prefix_length", "split_prompt"]
 
 _OTHER_NAMES = ("question", "instruction", "input", "query", "context")
 
@@ -87,3 +87,9 @@ def _cut_prompt(prompt: Any, chosen: list[Any], rejected: list[Any]) -> tuple[li
 def _key(message: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what makes two messages the same: not an id, or a score."""
     return message["role"], message["content"], message.get("tool_calls")
+
+
+def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return how many elements two sequences begin with in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (left, right) in pairs if left != right), min(len(first), len(second)))

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from apo_trl.errors import InvalidRow
-from apo_trl.io.messages import BEFORE_AN_ANSWER, common_prefix_length, content_text, replace_surrogates
+from apo_trl.io.messages import BEFORE_AN_ANSWER, content_text, replace_surrogates
 
-__all__ = ["common_prefix_length", "degenerate_reason", "normalise_messages", "normalise_row"]
-__all__ += ["OTHER_FORMATS", "ROW_COLUMNS", "row_form"]
+__all__ = ["OTHER_FORMATS", "ROW_COLUMNS", "degenerate_reason", "normalise_messages", "normalise_row", "row_form"]
 
 ROW_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 """The columns that become tokens."""

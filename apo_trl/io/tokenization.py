@@ -5,9 +5,10 @@ from typing import Any
 
 from apo_trl.errors import InputError
 from apo_trl.io.messages import one_line
-from apo_trl.io.rows import common_prefix_length, normalise_row
+from apo_trl.io.prompt import common_prefix_length
+from apo_trl.io.rows import normalise_row
 
-__all__ = ["encode_pair"]
+__all__ = ["encode_pair", "first_failure"]
 
 
 def encode_pair(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[int], list[int]]:
@@ -48,3 +49,15 @@ def encode_pair(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list
         raise InputError(f"The chat template cannot render this pair: {one_line(error)}. {remedy}") from error
     at = min(common_prefix_length(start, ids) for ids in whole)
     return start[:at], whole[0][at:], whole[1][at:]
+
+
+def first_failure(rows: Any, name: str, processor: Any) -> str:
+    """Return which row is the first that cannot be rendered, and why, or an empty string, as for a stream."""
+    from datasets import IterableDataset
+
+    for number, row in enumerate(() if isinstance(rows, IterableDataset) else rows):
+        try:
+            encode_pair(processor, row)
+        except InputError as error:
+            return f"Row {number} of the {name} dataset: {error}"
+    return ""

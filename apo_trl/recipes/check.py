@@ -70,8 +70,7 @@ def _settings(run: Any, unpaired: bool) -> Iterator[Finding]:
 
 def _data(run: Any) -> Iterator[Finding]:
     from apo_trl.datasets.preprocessing import normalise_datasets
-    from apo_trl.datasets.rendering import first_failure
-    from apo_trl.io.tokenization import encode_pair
+    from apo_trl.io.tokenization import encode_pair, first_failure
     from apo_trl.models.loading import load_tokenizer
     from apo_trl.training.script import select_splits
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from apo_trl.evaluation.regimes import regime
 from apo_trl.evaluation.report.figures import REWARDS, Panel, all_figures, draw_lines, draw_plane, png, style
 from apo_trl.evaluation.report.page import page
 from apo_trl.evaluation.report.runs import names, read_log, read_run
 from apo_trl.io.files import atomic_write
-from apo_trl.metrics import regime
 
 __all__ = ["draw_report", "report"]
 

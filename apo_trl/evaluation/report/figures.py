@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from apo_trl.errors import InputError
+from apo_trl.evaluation.regimes import REGIMES
 from apo_trl.evaluation.report.runs import HUGE, Log, Run, evaluation_sets
-from apo_trl.metrics import REGIMES
 
 __all__ = ["REWARDS", "Panel", "all_figures", "draw_lines", "draw_plane", "png", "style"]
 

@@ -11,7 +11,8 @@ from rapidfuzz.distance import Levenshtein
 
 from apo_trl.errors import InputError
 from apo_trl.io.completion import completion_text
-from apo_trl.io.rows import common_prefix_length, degenerate_reason, normalise_row
+from apo_trl.io.prompt import common_prefix_length
+from apo_trl.io.rows import degenerate_reason, normalise_row
 from apo_trl.io.tokenization import encode_pair
 
 __all__ = ["LENGTHS", "MEASURES", "Statistics", "contrast", "words"]
