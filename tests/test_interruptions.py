@@ -35,6 +35,7 @@ def _handlers(monkeypatch):
     # Another test of this worker may have left a process group, after which an interruption ends the process at once.
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
     before = {number: signal.getsignal(number) for number in (*STOPPED, signal.SIGCHLD)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a command that has ended in this process resets it
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

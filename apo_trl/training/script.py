@@ -73,7 +73,7 @@ def train(run: Run) -> None:
     start = resume_from(run.training.resume_from_checkpoint, output_dir)
     lock = output_lock(output_dir) if is_writer else contextlib.nullcontext()
     with contextlib.ExitStack() as stack, _with_resume_hint(output_dir):
-        if exists := Path(output_dir).is_dir():
+        if exists := Path(output_dir).exists():
             stack.enter_context(lock)
         if is_writer:
             print(start_line(start, output_dir), flush=True)
