@@ -18,7 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser("python -m apo_trl.run", description=__doc__, allow_abbrev=False)
     add_arguments(parser)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of launchers that set LOCAL_RANK, too
     options = vars(parser.parse_args(arguments))
+    del options["local_rank"]
     with exit_on_error():
         run_script(**options)
 

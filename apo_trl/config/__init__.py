@@ -80,7 +80,7 @@ class APOConfig(DPOConfig):
 
 _POSITIVE = ("beta", "max_length", "gradient_accumulation_steps", "per_device_train_batch_size")
 _BOUNDS: dict[str, Any] = dict.fromkeys((*_POSITIVE, "per_device_eval_batch_size"), Field(None, gt=0))
-_BOUNDS |= dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"), Field(None, ge=0))
+_BOUNDS |= dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps"), Field(None, ge=0))
 _BOUNDS["label_smoothing"] = Field(None, ge=0, lt=0.5)
 _CHECKED: dict[str, Any] = {
     name: (hint, _BOUNDS.get(name))

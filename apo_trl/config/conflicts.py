@@ -6,6 +6,7 @@ from numbers import Number
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 from accelerate.logging import get_logger
 from packaging.version import Version
@@ -53,10 +54,11 @@ def check_value(config: Any, error: ValidationError) -> None:
     """Raise InputError for the first setting of the wrong type, such as a number in quotes, or out of its bounds."""
     for fault in error.errors():
         name, value = fault["loc"][0], fault["input"]
-        # Integers of NumPy are numbers, 1 is true, and `max_grad_norm` may be infinite.
-        if (fault["type"] in ("int_type", "float_type", "bool_type") and isinstance(value, Number)) or (
-            value == inf and name == "max_grad_norm"
-        ):
+        kind, is_number = fault["type"], isinstance(value, Number | np.bool_)
+        # Integers of NumPy are numbers, 1 is true, None false, a tuple a list, and `max_grad_norm` may be infinite.
+        if (kind in ("int_type", "float_type", "bool_type") and is_number) or (kind == "bool_type" and value is None):
+            continue
+        if (kind == "list_type" and isinstance(value, tuple)) or (value == inf and name == "max_grad_norm"):
             continue
         must, quotes = fault["msg"].removeprefix("Input should "), ", without quotes" if isinstance(value, str) else ""
         default = type(config).__dataclass_fields__[name].default

@@ -20,7 +20,7 @@ from apo_trl.evaluation.scoring import pair_logps, tokenize_pairs
 from apo_trl.io.files import atomic_write
 from apo_trl.io.readers import load_dataset_splits
 from apo_trl.metrics import regimes
-from apo_trl.models.loading import find_model, is_adapter, load_policy, pad_token, read_adapter
+from apo_trl.models.loading import find_model, is_adapter, load_config, load_policy, pad_token, read_adapter
 from apo_trl.reference import base_change
 from apo_trl.training.movement import hardly_moved, movement_of
 
@@ -95,6 +95,7 @@ def evaluate(
 def _reference_of(model: str) -> str | None:
     """Return the folder of an adapter's reference, or None if that is its base."""
     if not is_adapter(model):
+        load_config(model, "--model")  # or there is no such model
         raise InputError(f"--reference: required, because {model} is a whole model. Set the model it started from.")
     if is_adapter(folder := str(Path(model, "ref"))):
         return folder

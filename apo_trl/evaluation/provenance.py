@@ -1,6 +1,5 @@
 """Where a trained model comes from, by its run.json: settings, precision, and the pairs that it was trained on."""
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -8,29 +7,28 @@ from typing import Any
 
 from apo_trl.errors import InputError
 from apo_trl.io.completion import completion_text
+from apo_trl.io.files import read_json
 from apo_trl.io.readers import is_local, load_dataset_splits
 
-__all__ = ["described", "read_json", "read_record", "trained_in", "trained_on"]
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, or None if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
+__all__ = ["described", "read_record", "trained_in", "trained_on"]
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Read the run.json of a run or of one of its checkpoints; None if there is none."""
-    paths = [folder / "run.json", *([folder.parent / "run.json"] if folder.name.startswith("checkpoint-") else [])]
-    path = next((path for path in paths if path.exists()), None)
-    if path is None:
+    checkpoint = folder / "trainer_state.json" if folder.name.startswith("checkpoint-") else None
+    path = (folder.parent if checkpoint else folder) / "run.json"
+    if not path.exists():
         return None
     record = read_json(path)
     if isinstance(record, dict) and all(isinstance(record.get(part), dict) for part in ("settings", "versions")):
-        return record
+        older = checkpoint and checkpoint.exists() and checkpoint.stat().st_mtime < _begun(record)
+        return None if older else record  # of an earlier run in the same folder
     raise InputError(f"{path}: damaged. Remove it to go on without the settings of the run.")
+
+
+def _begun(record: Mapping[str, Any]) -> float:
+    """Return when a run began, in seconds, or 0 if its record does not say."""
+    return datetime.fromisoformat(record["date"]).timestamp() if record.get("date") else 0.0
 
 
 def trained_in(record: Mapping[str, Any] | None) -> str:
@@ -55,9 +53,11 @@ def trained_on(record: Mapping[str, Any] | None, dataset: str, pairs: Sequence[M
     unknown: list[bool | None] = [None] * len(pairs)
     if record is None or not isinstance(name, str) or not (name == dataset or is_local(name)):
         return unknown
-    if Path(name).exists() and record.get("date"):
-        begun = datetime.fromisoformat(record["date"]).timestamp() + 1  # its fraction is not recorded
-        if any(path.stat().st_mtime > begun for path in (Path(name), *Path(name).rglob("*")) if path.is_file()):
+    if Path(name).exists():
+        stats = [path.stat() for path in (Path(name), *Path(name).rglob("*")) if path.is_file()]
+        # The record has no fractions of a second. A file that is moved there keeps the time of its content.
+        changed = max((max(stat.st_mtime, stat.st_ctime) for stat in stats), default=0.0)
+        if not Path(name).is_absolute() or changed > _begun(record) + 1:
             return unknown
     settings = record["settings"]
     try:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_write", "write_json"]
+__all__ = ["atomic_write", "read_json", "write_json"]
 
 
 @contextmanager
@@ -35,3 +35,11 @@ def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON; half of a surrogate pair, which UTF-8 cannot encode, becomes "?"."""
     with atomic_write(path) as beside:
         beside.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", errors="replace")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file, or None if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

@@ -167,7 +167,7 @@ def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
     if (builder := file_builder(path)) and Path(path).is_file():
         kwargs.pop("name", None)
         return _load_files(builder, path, kwargs)
-    if Path(path).is_dir() and not kwargs.get("data_files") and len(args) < 2:
+    if Path(path).is_dir() and not {"data_files", "data_dir"} & kwargs.keys() and len(args) < 2:
         folder, files = _folder_files(path, args[0] if args else kwargs.get("name"))
         if files:
             kwargs.pop("name", None)
@@ -186,7 +186,8 @@ def _load_files(builder: str, files: Any, kwargs: dict[str, Any]) -> Any:
     loaded = load_dataset(builder, data_files=files, **kwargs)
     if builder != "json" or kwargs.get("streaming") or "features" in kwargs:
         return loaded
-    features = (next(iter(loaded.values())) if isinstance(loaded, dict) else loaded).features
+    first = loaded[0] if isinstance(loaded, list) else loaded
+    features = (next(iter(first.values())) if isinstance(first, dict) else first).features
     simple = (Value("string"), List({"role": Value("string"), "content": Value("string")}))
     kept = {name: Json() for name, kind in features.items() if name in ROW_COLUMNS and kind not in simple}
     return load_dataset(builder, data_files=files, features=Features(features | kept), **kwargs) if kept else loaded

@@ -45,7 +45,7 @@ def write_run(trainer: Any) -> None:
     record |= {"dataset": f"{name}{rows}"} | trainer.run_record
     record["settings"] = changed_settings(config) | {"precision": precision} | record.get("settings", {})
     record["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-    record = json.loads(json.dumps(record, default=str, sort_keys=True), object_hook=_without_keys)
+    record = json.loads(json.dumps(record, default=str, skipkeys=True), object_hook=_without_keys)
     beside = Path(config.output_dir, "run.json.part")
     beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     beside.replace(beside.with_suffix(""))

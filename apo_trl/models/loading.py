@@ -67,18 +67,18 @@ def load_model(
     return model, load_tokenizer(name, base, field, revision=config.revision)
 
 
-def load_config(name: str | None, **options: Any) -> Any:
-    """Load the configuration of the model that a run trains; `options` are those of `from_pretrained`."""
+def load_config(name: str | None, field: str = "model_name_or_path", **options: Any) -> Any:
+    """Load the configuration of a whole model, as a run trains it; `options` are those of `from_pretrained`."""
     from transformers import AutoConfig
 
     if not name:
-        raise InputError("model_name_or_path: required, not set. Set a local folder or a hub name.")
+        raise InputError(f"{field}: required, not set. Set a local folder or a hub name.")
     if is_adapter(name):
         from apo_trl.reference import adapter_as_model
 
-        raise adapter_as_model("model_name_or_path", name)
-    name = _local(name, "model_name_or_path")
-    with _loading(f"model_name_or_path: '{name}' cannot be loaded", _suggestion(name)):
+        raise adapter_as_model(field, name)
+    name = _local(name, field)
+    with _loading(f"{field}: '{name}' cannot be loaded", _suggestion(name)):
         return AutoConfig.from_pretrained(name, **options)
 
 

@@ -71,8 +71,19 @@ class _Arguments(list[str]):
         self.copied.update(self.given)
         return super().__iter__()
 
+    def __add__(self, other: Any) -> Any:
+        return self[:] + other
+
     def copy(self) -> Any:
         return self[:]
+
+    def index(self, argument: Any, *bounds: Any) -> int:
+        self.read.add(argument)
+        return super().index(argument, *bounds)
+
+    def remove(self, argument: Any) -> None:
+        self.read.add(argument)
+        super().remove(argument)
 
     def pop(self, index: Any = -1) -> str:
         argument = super().pop(index)
@@ -90,7 +101,7 @@ class _Arguments(list[str]):
             self.copied.difference_update(args)
             self.read.update(set(args).difference(unknown))
             self.known.update(parser._option_string_actions)
-        return namespace, unknown
+        return namespace, _Leftover(unknown, self.read)
 
     def set_defaults_with_config(self, original: Any, parser: Any, **config: Any) -> Any:
         unknown = original(parser, **config)  # keys of the `--config` file, as options with their values
@@ -105,6 +116,18 @@ class _Arguments(list[str]):
             starts = not options or re.match("--?[A-Za-z]", argument)
             options.append([argument]) if starts else options[-1].append(argument)
         return options
+
+
+class _Leftover(list[str]):
+    """What a parser of the script does not know; the script reads it if it goes through it after that."""
+
+    def __init__(self, arguments: Sequence[str], read: set[str]) -> None:
+        super().__init__(arguments)
+        self._read = read
+
+    def __iter__(self) -> Iterator[str]:
+        self._read.update(self[:])
+        return super().__iter__()
 
 
 class _Check(TrainerCallback):
@@ -139,7 +162,7 @@ class _Check(TrainerCallback):
         if self.settings and not isinstance(args, DPOConfig):
             _print(f"--set: not for {owner}, only for a DPOConfig or APOConfig.")
         for key, value in self.applied.items() if isinstance(args, DPOConfig) else ():
-            if (actual := getattr(args, key)) != value:
+            if key != "padding_free" and (actual := getattr(args, key)) != value:  # that one is hidden from TRL
                 fault = f"the script changes it to {_text(actual)} later"
                 raise InputError(f"--set: {key}: not applied to {owner}, {fault}. Change the script.")
         given: dict[str, Any] = {}
@@ -148,7 +171,7 @@ class _Check(TrainerCallback):
         for key, value in given.items():
             actual = getattr(args, key)
             comparable = isinstance(actual, type(value)) or (isinstance(value, float) and isinstance(actual, int))
-            if comparable and actual != value and key not in self.settings:
+            if comparable and actual != value and key not in ("padding_free", *self.settings):
                 _print(f"{key}: {_text(value)} was given, {owner} has {_text(actual)}.")
 
     def refuse_unread(self, overridable: bool = True) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from apo_trl.errors import InputError, nearest
 from apo_trl.io.disk import full_disk_error
+from apo_trl.io.files import read_json
 from apo_trl.io.messages import one_line
 from apo_trl.io.readers import load_dataset_splits, loading_errors
 from apo_trl.io.run_record import changed_settings
@@ -48,8 +49,9 @@ def make_trainer(run: Run, trainer_class: Any = None) -> Any:
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
-    settings = changed_settings(script) | changed_settings(model)
-    trainer.run_record |= {"settings": settings} | ({"dataset": script.dataset_name} if script.dataset_name else {})
+    trainer.run_record["settings"] = changed_settings(script) | changed_settings(model)
+    if data := script.dataset_name:
+        trainer.run_record["dataset"] = str(Path(data).resolve()) if Path(data).exists() else data
     return trainer
 
 
@@ -108,6 +110,9 @@ def _train(trainer: Any, run: Run, start: str | None) -> None:
     if run.script.ignore_bias_buffers:
         masks = [name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"]
         trainer.model._ddp_params_and_buffers_to_ignore = masks
+    before = read_json(Path(output_dir, "run.json")) if start else None
+    if before and before.get("dataset") != (data := trainer.run_record.get("dataset")):
+        trainer.run_record["dataset"] = f"{before.get('dataset')}, then {data}"
     trainer.train(resume_from_checkpoint=start)
     trainer.save_model(output_dir)
     trainer.save_state()  # the logs, for `apo-trl report`

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from apo_trl.errors import InputError
-from apo_trl.evaluation.provenance import read_json, read_record
+from apo_trl.evaluation.provenance import read_record
 from apo_trl.evaluation.regimes import REGIMES
+from apo_trl.io.files import read_json
 from apo_trl.io.resources import nearest_path
 
 __all__ = ["HUGE", "Log", "Run", "evaluation_sets", "names", "read_log", "read_run"]

@@ -59,7 +59,7 @@ class FunctionProcess:
         columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
         try:
             async with asyncio.timeout(self._timeout):
-                return await self._exchange(json.dumps(columns).encode())
+                return await self._exchange(json.dumps(columns, default=str).encode())
         except TimeoutError:
             problem = f"it returned nothing within {self._timeout:g} seconds (function_timeout)"
         except (OSError, EOFError):

@@ -68,6 +68,7 @@ def load(name: str) -> tuple[Callable[..., Any], str]:
 
 def results_of(function: Callable[..., Any], columns: dict[str, list[Any]], kind: str) -> dict[str, Any]:
     """Call a function with the columns that it takes; return its `results`, each with a problem, or an `error`."""
+    rows = len(next(iter(columns.values())))
     try:
         parameters = inspect.signature(function).parameters
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -78,7 +79,7 @@ def results_of(function: Callable[..., Any], columns: dict[str, list[Any]], kind
         return {"error": _describe(error)}
     if not isinstance(results, list | tuple):
         return {"error": f"it returned {type(results).__name__} and not a list"}
-    if len(results) != (rows := len(columns.get("prompts") or columns["completions"])):
+    if len(results) != rows:
         return {"error": f"it returned {len(results)} results for {rows} rows"}
     return {"results": [_checked(result, kind) for result in results]}
 

@@ -47,7 +47,7 @@ def _where(base: sqlite3.Connection, folder: Path, reason: str) -> tuple[str, tu
     if reason in known:
         return "reason = ?", ("" if reason == "kept" else reason,)
     with contextlib.suppress(OSError, ValueError):
-        lost = json.loads((folder / "report.json").read_text(encoding="utf-8"))["examples"]
+        lost = json.loads((folder / "report.json").read_text(encoding="utf-8")).get("examples", {})
         if reason in lost:
             return f"id IN (?{',?' * (len(lost[reason]) - 1)})", tuple(example["id"] for example in lost[reason])
         known += [name for name in lost if name not in known]
