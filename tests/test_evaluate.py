@@ -365,7 +365,9 @@ def test_the_two_splits_of_one_dataset(adapter, tmp_path):
     folder.mkdir()
     write(folder / "train.jsonl", rows(7)[:4])
     write(folder / "test.jsonl", rows(7)[4:])
-    (adapter / "run.json").write_text(json.dumps({"dataset": str(folder), "settings": {}, "versions": {}}))
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    record = {"dataset": str(folder), "settings": {}, "versions": {}, "date": date}
+    (adapter / "run.json").write_text(json.dumps(record))
     assert [row["trained_on"] for row in evaluate(str(adapter), str(folder))] == [False] * 3
     assert [row["trained_on"] for row in evaluate(str(adapter), str(folder), split="train")] == [True] * 4
 

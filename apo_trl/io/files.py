@@ -1,4 +1,4 @@
-"""Atomic writes."""
+"""Atomic writes, and JSON files that may be damaged."""
 
 import json
 import os

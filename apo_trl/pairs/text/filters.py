@@ -96,7 +96,8 @@ _ANSWER = r"(?:(?:student )?(?:answer|response|solution|explanation|approach)|ve
 _MENTIONS = re.compile(
     rf"\b(?:(?:this|the|my|an?) {_REVISED} {_ANSWER}\b(?! of)|here(?:'s| is| are) (?:the|an?|my|your) {_REVISED}\b"
     rf"|i(?:'ve| have) {_REVISED} (?:it|(?:the|your|this|my) {_ANSWER})\b|{_REVISED} {_ANSWER}\W{{0,3}}[:\n]"
-    r"|(?:the|my) (?:(?:original|initial) answer|original response)\b|(?:corrected_student|teacher_reason|student_solution)\w*)"
+    r"|(?:the|my) (?:(?:original|initial) answer|original response)\b"
+    r"|(?:corrected_student|teacher_reason|student_solution)\w*)"
 )
 _EDITING = re.compile(
     r"\b(?:revis|correct(?:ed|ing|ions?|s| the| this| my| any)\b|edit(?!ion)|re-?writ|\w*phras|improv|enhanc|refin|fix|"
