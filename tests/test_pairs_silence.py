@@ -236,6 +236,7 @@ def test_a_server_that_cannot_be_used_is_named_with_the_remedy(build, no_tls, pl
         }  # fmt: skip
         more = {"policy_max_retries": 0, "policy_timeout": 0.3 if place == "silent" else 30}
         shown = build(urls[place], status=1, **more)
+    assert "Kept" not in shown.out
     (line,) = [line for line in shown.err.splitlines() if line.startswith("Stopped early: ")]
     assert line.startswith(f"Stopped early: policy_base_url: {urls[place]} with policy_model ")
     assert re.search(words, line), line

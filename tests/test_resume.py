@@ -289,7 +289,7 @@ class TestCtrlC:
         with pytest.raises(SystemExit) as caught:
             train.main(arguments(tmp_path / "out"))
         assert caught.value.code == 130
-        assert capsys.readouterr().err.strip().startswith("Interrupted. No checkpoint to resume from yet")
+        assert capsys.readouterr().err.strip() == "Interrupted. Training had not started. Run the same command again."
 
     def stop_at(self, step, given, monkeypatch):
         """Run the script, interrupted at the end of a step, and give its exit status."""

@@ -57,6 +57,9 @@ def build(recipe: str, **keys: Any) -> None:
         return
     result = build_pairs(settings)
     report = result.report
+    if report["dropped"].get("not_asked") == report["asked"] and result.stopped:
+        print(f"Stopped early: {result.stopped} Run the command again to resume.", file=sys.stderr)
+        sys.exit(1)
     print(f"Kept {report['kept']:,} of {report['asked']:,}: pairs.jsonl, pairs.parquet, README.md in {result.folder}.")
     if report["dropped"]:
         print("Dropped: " + ", ".join(f"{count:,} {name}" for name, count in report["dropped"].items()) + ".")

@@ -62,13 +62,14 @@ def check_value(config: Any, error: ValidationError) -> None:
             continue
         must, quotes = fault["msg"].removeprefix("Input should "), ", without quotes" if isinstance(value, str) else ""
         default = type(config).__dataclass_fields__[name].default
-        raise InputError(f"{name}: must {must}, got {value!r}. Change it{quotes}; the default is {default!r}.")
+        remedy = f"Change it{quotes}; the default is {default!r}"
+        raise InputError(f"{name}: must {must}, got {value!r}. {remedy}.") from None
 
 
 def output_dir_error(folder: str, existing: Path) -> InputError:
     """Return the error for an output folder in which nothing can be written, since `existing` allows none."""
     fault = "cannot be written" if existing.is_dir() else "is a file"
-    return InputError(f"output_dir: {existing} {fault}, got '{folder}'. Set another folder.")
+    return InputError(f"output_dir: '{folder}' cannot be used, because {existing} {fault}. Set another folder.")
 
 
 def check_order(config: Any) -> None:

@@ -21,7 +21,7 @@ def choose_precision(config: Any) -> None:
         remedy = "Remove it to train in float32, or set use_cpu too, for bfloat16 on the CPU"
         raise InputError(f"bf16: requires a GPU that computes bfloat16, none found. {remedy}.")
     config.bf16 = False
-    logger.warning("No GPU that computes bfloat16 found: bf16 is off, training computes in float32.")
+    logger.warning("No GPU that computes bfloat16 found: bf16 is off.")
 
 
 def adapt_to_cpu(options: Any) -> None:
@@ -35,4 +35,4 @@ def adapt_to_cpu(options: Any) -> None:
         options.attn_implementation = "sdpa"
         changed += ", attn_implementation: sdpa"
     vars(options).update(changes)
-    logger.info(f"No GPU found, training on the CPU in float32 ({changed}).")
+    logger.info(f"No GPU found, training on the CPU ({changed}).")

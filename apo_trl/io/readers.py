@@ -225,6 +225,8 @@ def loading_errors(name: str) -> Iterator[None]:
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
+        if "corresponds to no data" in str(root):
+            raise InputError(f"dataset '{name}': has no rows. Use one with at least one pair.") from error
         reason = fault or f"{type(root).__name__}: {root}".rstrip(": ")
         raise InputError(f"dataset '{name}': cannot be loaded: {reason}. Check the name or the file.") from error
 

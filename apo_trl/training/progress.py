@@ -67,6 +67,8 @@ class Progress(ProgressCallback):
             return
         prefix = next((key.removesuffix("runtime") for key in logs if key.endswith("_runtime")), "")
         figures = _figures(logs, prefix)
+        if prefix == "train_" and not self._figures:  # training was shorter than logging_steps
+            self._figures = _figures({**logs, "loss": logs["train_loss"]})
         if not prefix and figures and self.training_bar is not None:
             self._figures = figures
             self.training_bar.set_postfix_str(figures, refresh=self._live)

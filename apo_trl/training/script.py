@@ -74,17 +74,20 @@ def train(run: Run) -> None:
     output_dir, is_writer = run.training.output_dir, run.training.process_index == 0
     start = resume_from(run.training.resume_from_checkpoint, output_dir)
     lock = output_lock(output_dir) if is_writer else contextlib.nullcontext()
-    with contextlib.ExitStack() as stack, _with_resume_hint(output_dir):
+    with contextlib.ExitStack() as stack:
         if exists := Path(output_dir).exists():
             stack.enter_context(lock)
-        if is_writer:
-            print(start_line(start, output_dir), flush=True)
-        trainer = make_trainer(run)
+        try:
+            trainer = make_trainer(run)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(" Training had not started. Run the same command again.") from error
         if not exists:  # until here nothing is written
             stack.enter_context(lock)
-        if is_writer:
-            write_older_checkpoints(start, output_dir)
-        _train(trainer, run, start)
+        with _with_resume_hint(output_dir):
+            if is_writer:
+                print(start_line(start, output_dir), flush=True)
+                write_older_checkpoints(start, output_dir)
+            _train(trainer, run, start)
 
 
 @contextlib.contextmanager

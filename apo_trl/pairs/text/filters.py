@@ -24,7 +24,7 @@ class RevisionLimits(NamedTuple):
 
 REVISION_REASONS = {
     "empty": "The revision has no text.",
-    "refused": "The revision is a refusal, and the original answer is not.",
+    "refused": "The reply is a refusal, or the revision is one and the original answer is not.",
     "unchanged": "The revision differs from the original answer in whitespace at most.",
     "mentions_revision": "The revision mentions that it is one, or a student, and neither task nor original does.",
     "lost_code_fence": "The revision has fewer code fences than the original answer, or leaves a code block open.",
