@@ -2,7 +2,10 @@
 
 import json
 import math
-from datetime import UTC, datetime
+import os
+import shutil
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -358,6 +361,26 @@ def test_which_pairs_were_trained_on(trained, expected, adapter, data, tmp_path)
     assert [row["trained_on"] for row in found] == expected
     assert {row["dtype"] for row in found} == {"float32"}
     assert ("held-out" in summarise(found)["described"]) is (trained == "others")
+
+
+@pytest.mark.parametrize("change", ["another folder", "a moved file", "an older checkpoint"])
+def test_held_out_is_never_claimed_of_data_that_may_be_other(change, adapter, data, tmp_path, monkeypatch):
+    others = write(tmp_path / "others.jsonl", [row | {"chosen": "Other"} for row in rows(7)])
+    began = datetime.now(UTC) + timedelta(seconds=-60 if change == "a moved file" else 60)
+    record = {"dataset": str(others), "settings": {}, "versions": {}, "date": began.isoformat(timespec="seconds")}
+    model = adapter
+    if change == "another folder":
+        monkeypatch.chdir(tmp_path)
+        record["dataset"] = "others.jsonl"
+    elif change == "a moved file":
+        os.utime(others, (0, 0))
+        Path(others).rename(tmp_path / "moved.jsonl")
+        record["dataset"] = str(tmp_path / "moved.jsonl")
+    else:
+        model = Path(shutil.copytree(adapter, adapter / "checkpoint-2"))
+        (model / "trainer_state.json").write_text("{}")
+    (adapter / "run.json").write_text(json.dumps(record))
+    assert [row["trained_on"] for row in evaluate(str(model), str(data))] == [None] * 7
 
 
 def test_the_two_splits_of_one_dataset(adapter, tmp_path):

@@ -136,7 +136,17 @@ def test_a_value_of_the_wrong_type_or_out_of_bounds(config_class, settings, word
 
 @pytest.mark.parametrize(
     "settings",
-    [{"beta": 1}, {"beta": np.float32(0.1)}, {"seed": np.int64(3)}, {"max_length": None}, {"max_grad_norm": math.inf}],
+    [
+        {"beta": 1},
+        {"beta": np.float32(0.1)},
+        {"seed": np.int64(3)},
+        {"max_length": None},
+        {"max_grad_norm": math.inf},
+        {"max_grad_norm": -1},
+        {"fp16": np.bool_(False)},
+        {"fp16": None},
+        {"loss_weights": (1.0,)},
+    ],
     ids=str,
 )
 def test_other_spellings_of_a_number(settings, tmp_path):
@@ -241,6 +251,10 @@ class TestRunRecord:
         assert settings["precision"] == "float32, no autocast"
         assert "8 rows" in record["dataset"]
         assert "secret" not in json.dumps(record)
+
+    def test_settings_that_json_cannot_sort_or_hold(self, train):
+        trainer = train(steps=1, model_init_kwargs={"device_map": "cpu", "max_memory": {0: "1GiB", "cpu": "1GiB"}})
+        assert self.record(trainer)["settings"]["model_init_kwargs"]["max_memory"] == {"0": "1GiB", "cpu": "1GiB"}
 
     def test_evaluation_alone_writes_none(self, train, dataset):
         trainer = train(run=False, eval_dataset=dataset)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,11 @@ ROWS = [{"prompts": prompt, "completions": f"{prompt} answer"} for prompt in ("o
 )
 def test_a_row_on_which_a_function_fails_is_found_and_the_others_have_results(name, problem, functions):
     assert call(f"{functions}:{name}", ROWS) == [("one answer", ""), (None, problem), ("three answer", "")]
+
+
+def test_columns_that_json_does_not_have_are_texts(tmp_path):
+    (tmp_path / "when.py").write_text("def show(when): return when\n")
+    assert call(f"{tmp_path / 'when.py'}:show", [{"prompts": "p", "when": date(2024, 1, 2)}]) == [("2024-01-02", "")]
 
 
 @pytest.mark.parametrize(

@@ -241,13 +241,24 @@ class TestOptionsOfAScript:
             "fit(DPOConfig(loss_type=given['--loss_type'], beta=float(given['--beta']), **QUICK))",
             "assert '--loss_type' in sys.argv and '--beta' in sys.argv\n"
             "fit(DPOConfig(loss_type=sys.argv[2], beta=float(sys.argv[-1]), **QUICK))",
+            f"{ARGPARSE}_, rest = parser.parse_known_args()\ngiven = dict(zip(*[iter(rest)] * 2))\n"
+            "fit(DPOConfig(loss_type=given['--loss_type'], beta=float(given['--beta']), **QUICK))",
+            "after = lambda name: sys.argv[sys.argv.index(name) + 1]\n"
+            "fit(DPOConfig(loss_type=after('--loss_type'), beta=float(after('--beta')), **QUICK))",
         ],
-        ids=["TrlParser", "argparse", "two parsers", "slices", "by position"],
+        ids=["TrlParser", "argparse", "two parsers", "slices", "by position", "leftovers", "index"],
     )
     def test_options_that_the_script_reads(self, run, source):
         results, printed = run(source, *OPTIONS)
         assert results == [ZERO]
         assert "given" not in printed
+
+    @pytest.mark.parametrize("value", ["true", "false"])
+    def test_padding_free_can_be_set(self, run, value):
+        """It is hidden from TRL, which would warn, while the trainer is built."""
+        results, printed = run(PLAIN, settings=[f"padding_free={value}"])
+        assert results == [SIGMOID]
+        assert "later" not in printed
 
     def test_one_that_the_script_changes(self, run):
         """That is the script's wish; one line shows it, and none for `report_to`, which TRL converts."""

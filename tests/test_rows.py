@@ -13,6 +13,7 @@ from apo_trl.datasets.preprocessing import normalise_datasets
 from apo_trl.errors import InvalidRow
 from apo_trl.evaluation.evaluate import read_split
 from apo_trl.evaluation.scoring import tokenize_pairs
+from apo_trl.io import readers
 from apo_trl.io.readers import load_dataset_splits, read_pairs
 from apo_trl.io.rows import normalise_row
 from apo_trl.io.tokenization import encode_pair
@@ -265,6 +266,15 @@ def test_a_folder_of_save_to_disk_is_read(train, tmp_path):
     assert len(curve(train(data=saved, steps=1))) == 1
     with pytest.raises(InputError, match=r"no split 'test'\. Use one of train"):
         list(read_pairs(str(tmp_path / "one"), "test"))
+
+
+def test_a_folder_is_read_as_datasets_reads_it(tmp_path):
+    for name, count in (("a", 4), ("b", 3)):
+        (tmp_path / name).mkdir()
+        Dataset.from_list(rows(count)).to_json(tmp_path / name / "train.jsonl")
+    assert len(readers.load_dataset(str(tmp_path), data_dir="a", split="train")) == 4
+    two = readers.load_dataset(str(tmp_path / "b"), split=["train", "train[:2]"])
+    assert [len(each) for each in two] == [3, 2]
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ class _Arguments(list[str]):
         return list, (super().copy(),)  # the processes of a data loader get a plain list
 
     def parse_known_args(self, original: Any, parser: Any, args: Any = None, namespace: Any = None) -> Any:
-        args, unknown = list(sys.argv[1:] if args is None else args), list[str]()
+        args, unknown = sys.argv[1:] if args is None else list(args[:]), list[str]()
         try:
             namespace, unknown = original(parser, args, namespace)
         finally:
