@@ -125,6 +125,20 @@ class TestCheck:
         assert stop.value.code == 0
         assert words in capsys.readouterr().out
 
+    def test_a_model_on_the_hub_is_not_asked_for(self, tmp_path, monkeypatch):
+        """Nor is a split that the data lacks overlooked."""
+        asked = []
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("socket.getaddrinfo", lambda host, *rest, **more: asked.append(host) or [])
+        data = write(tmp_path / "pairs.jsonl", rows(4))
+        given = {"model_name_or_path": "no/such-model", "dataset_name": str(data), "output_dir": str(tmp_path / "out")}
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(given))
+        assert ["no tokenizer of no/such-model is here" in found.text for found in check(str(path))] == [False, True]
+        path.write_text(yaml.safe_dump(given | {"dataset_train_split": "trian"}))
+        assert any("Did you mean 'train'?" in found.text for found in check(str(path)))
+        assert asked == []
+
     def test_four_bits_without_the_extra(self, file, monkeypatch):
         monkeypatch.setattr("apo_trl.recipes.check.find_spec", lambda name: None)
         findings = check(file("load_in_4bit: true\nuse_peft: true"))

@@ -200,9 +200,18 @@ def _fit_vocabulary(base: Any, weights: Mapping[str, Any]) -> None:
 
 
 def load_tokenizer(
-    folder: str, base: str | None = None, field: str = "tokenizer", *, revision: Any = None, processor: bool = False
+    folder: str,
+    base: str | None = None,
+    field: str = "tokenizer",
+    *,
+    revision: Any = None,
+    processor: bool = False,
+    only_here: bool = False,
 ) -> Any:
-    """Load the tokenizer, or the processor of a vision model, of an adapter's folder if it has one, else the base's."""
+    """Load the tokenizer, or the processor of a vision model, of an adapter's folder if it has one, else the base's.
+
+    With `only_here` it must be a folder or in the cache, and the Hub is not asked.
+    """
     import transformers
 
     folder = resolve_model(folder, field)
@@ -211,7 +220,7 @@ def load_tokenizer(
     source = folder if own else base
     with _loading(f"{field}: the tokenizer of {source} cannot be loaded", "Put the tokenizer's files into it."):
         kind = transformers.AutoProcessor if processor else transformers.AutoTokenizer
-        return kind.from_pretrained(source, revision=None if own else revision)
+        return kind.from_pretrained(source, revision=None if own else revision, local_files_only=only_here)
 
 
 @contextmanager

@@ -78,16 +78,17 @@ def _data(run: Any) -> Iterator[Finding]:
     tokenizer: Any = None
     if splits := local_dataset(run):
         select_splits(splits, run)
+        try:
+            tokenizer = load_tokenizer(model, only_here=True)
+        except InputError:
+            yield Finding("note", f"max_length: not checked, no tokenizer of {model} is here.")
     for split, rows in splits.items():
         try:
             rows = normalise_datasets(rows, split, wins)
         except InputError as error:
             yield Finding("error", str(error))
             continue
-        try:
-            tokenizer = tokenizer or load_tokenizer(model)
-        except InputError:
-            yield Finding("note", f"max_length: not checked, no tokenizer of {model} is here.")
+        if tokenizer is None:
             continue
         if failure := first_failure(rows, split, tokenizer):
             yield Finding("error", failure)
