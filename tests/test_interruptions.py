@@ -36,6 +36,8 @@ def _handlers(monkeypatch):
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
     before = {number: signal.getsignal(number) for number in (*STOPPED, signal.SIGCHLD)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a command that has ended in this process resets it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
