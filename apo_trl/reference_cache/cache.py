@@ -54,6 +54,7 @@ def add_reference_logps(trainer: Any, dataset: Dataset, name: str, batch_size: i
         missing = {key: row for row, key in enumerate(keys) if key not in logps}
         found = len(keys) - sum(counts[key] for key in missing)
         desc = f"Reference log-probs of the {name} dataset, {found} of {len(keys)} pairs from the cache"
+        logger.info(f"{desc}.")  # the bar appears only if it takes seconds
         with tqdm(total=len(keys), initial=found, desc=desc, disable=quiet) as bar:
             for computed in _computed(trainer, rows, missing, batch_size):
                 new = {keys[row]: values for row, values in computed.items()}
