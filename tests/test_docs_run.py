@@ -51,8 +51,8 @@ RESULTS = {
     "anchor.md": [
         "loss_type: apo_zero", Path("runs/first/adapter_model.safetensors"), Path("runs/first/evaluation.parquet"),
         Path("report.html"),
-        "loss_type: apo_zero", Path("RUN/evaluation.parquet"), "48 evaluated pairs", Path("report.html"), Path("report.html"),
-        Path("runs/compare/compare.json"),
+        "loss_type: apo_zero", Path("RUN/evaluation.parquet"), "48 evaluated pairs", Path("report.html"),
+        Path("report.html"), Path("runs/compare/compare.json"),
     ],
     "evidence.md": ["docs/evidence.py"],
     "performance.md": [None, None, None, None, Path("gpu.json")],
