@@ -13,9 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import rows
-from test_cli import write
-from test_resume import BIN, COMMON, RESUME, TWO
+from test_resume import BIN, RESUME, TWO, command_lines
 
 from apo_trl import train
 from apo_trl.errors import InputError
@@ -45,14 +43,7 @@ def _handlers(monkeypatch):
 
 @pytest.fixture
 def arguments(model_dir, tmp_path):
-    data = write(tmp_path / "pairs.jsonl", rows(24))
-
-    def build(output_dir, *more, steps=6, every=2):
-        given = {"model_name_or_path": model_dir, "dataset_name": data, "output_dir": output_dir}
-        given |= {"max_steps": steps, "save_steps": every}
-        return [*(str(part) for key, value in (COMMON | given).items() for part in (f"--{key}", value)), *more]
-
-    return build
+    return command_lines(model_dir, tmp_path)
 
 
 class TestSignals:

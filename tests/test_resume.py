@@ -62,6 +62,10 @@ train.main()
 
 @pytest.fixture
 def arguments(model_dir, tmp_path):
+    return command_lines(model_dir, tmp_path)
+
+
+def command_lines(model_dir, tmp_path):
     """A command line of six steps with a checkpoint at every second one: `arguments(output_dir, *more)`."""
     data = write(tmp_path / "pairs.jsonl", rows(24))
 

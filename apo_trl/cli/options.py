@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from apo_trl.errors import nearest
 from apo_trl.pairs.config.settings import known_keys, unknown_key
 
-__all__ = ["Parser", "add_command", "exit_if_stopped", "judging_keys", "positive_int"]
+__all__ = ["Parser", "add_command", "exit_if_stopped", "judging_keys", "positive_int", "stopped_line"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,4 +66,9 @@ def judging_keys() -> set[str]:
 def exit_if_stopped(reason: str) -> None:
     """Exit with status 1 if a run stopped early."""
     if reason:
-        sys.exit(f"Stopped early: {reason} Run the command again to resume.")
+        sys.exit(stopped_line(reason))
+
+
+def stopped_line(reason: str) -> str:
+    """Return what a run prints last if it stopped early."""
+    return f"Stopped early: {reason} Run the command again to resume."

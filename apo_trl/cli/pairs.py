@@ -5,7 +5,7 @@ import shlex
 import sys
 from typing import Any
 
-from apo_trl.cli.options import add_command, positive_int
+from apo_trl.cli.options import add_command, positive_int, stopped_line
 from apo_trl.pairs import check_installed
 from apo_trl.pairs.config.settings import add_arguments, parse
 
@@ -53,26 +53,15 @@ def build(recipe: str, **keys: Any) -> None:
         with open_read_only(settings.folder) as cache:
             print(table(estimate(settings, cache)))
         print("Requests still to send. Lengths are the mean of cached responses, or max_tokens if there are none.")
-        print("Malformed replies are requested once more: up to so many more requests as under repairs.")
+        print("Each malformed reply is requested once more: repairs is the largest number of these requests.")
         return
     result = build_pairs(settings)
     report = result.report
-    if report["dropped"].get("not_asked") == report["asked"] and result.stopped:
-        print(f"Stopped early: {result.stopped} Run the command again to resume.", file=sys.stderr)
-        sys.exit(1)
-    print(f"Kept {report['kept']:,} of {report['asked']:,}: pairs.jsonl, pairs.parquet, README.md in {result.folder}.")
-    if report["dropped"]:
-        print("Dropped: " + ", ".join(f"{count:,} {name}" for name, count in report["dropped"].items()) + ".")
-    for role, used in report["roles"].items():
-        cost = f", cost {used['cost']:.4g}" if used["cost"] else ""
-        repairs = f" ({count:,} to repair a malformed reply)" if (count := report["repairs"].get(role)) else ""
-        tokens = f"{used['prompt_tokens']:,} + {used['completion_tokens']:,} tokens"
-        print(f"{role}: {used['requests']:,} requests in all runs{repairs}, {tokens}{cost}.")
-    for line in report["advice"]:
-        print(line)
+    if not (result.stopped and report["dropped"].get("not_asked") == report["asked"]):
+        _print_counts(report, result.folder)
     folder = shlex.quote(str(result.folder))
     if result.stopped:
-        print(f"Stopped early: {result.stopped} Run the command again to resume.", file=sys.stderr)
+        print(stopped_line(result.stopped), file=sys.stderr)
     elif "not_answered" in report["dropped"]:
         print("Some rows wait for a batch: `apo-trl pairs import-batch`, then the same command.", file=sys.stderr)
     elif not report["complete"]:
@@ -83,6 +72,19 @@ def build(recipe: str, **keys: Any) -> None:
         print(f"Train on them: apo-trl train RECIPE --dataset_name {folder}")
     if result.broken or not report["kept"]:
         sys.exit(1)
+
+
+def _print_counts(report: dict[str, Any], folder: Any) -> None:
+    print(f"Kept {report['kept']:,} of {report['asked']:,}: pairs.jsonl, pairs.parquet, README.md in {folder}.")
+    if report["dropped"]:
+        print("Dropped: " + ", ".join(f"{count:,} {name}" for name, count in report["dropped"].items()) + ".")
+    for role, used in report["roles"].items():
+        cost = f", cost {used['cost']:.4g}" if used["cost"] else ""
+        repairs = f" ({count:,} to repair a malformed reply)" if (count := report["repairs"].get(role)) else ""
+        tokens = f"{used['prompt_tokens']:,} + {used['completion_tokens']:,} tokens"
+        print(f"{role}: {used['requests']:,} requests in all runs{repairs}, {tokens}{cost}.")
+    for line in report["advice"]:
+        print(line)
 
 
 def export_batch(recipe: str, **keys: Any) -> None:

@@ -14,7 +14,7 @@ __all__ = ["described", "read_record", "trained_in", "trained_on"]
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Read the run.json of a run or of one of its checkpoints; None if there is none."""
+    """Read the run.json of a run or of one of its checkpoints, or return None without one."""
     checkpoint = folder / "trainer_state.json" if folder.name.startswith("checkpoint-") else None
     path = (folder.parent if checkpoint else folder) / "run.json"
     if not path.exists():

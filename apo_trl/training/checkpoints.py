@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 from apo_trl.errors import InputError
-from apo_trl.io.files import write_json
+from apo_trl.io.files import read_json, write_json
 from apo_trl.training.console import is_local_main_process
 from apo_trl.training.lock import hidden_file
 
@@ -84,10 +84,8 @@ def write_older_checkpoints(start: str | None, output_dir: str) -> None:
 
 
 def _older_checkpoints(output_dir: str) -> dict[str, int]:
-    try:
-        return dict(json.loads(hidden_file(output_dir, _OLDER).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
+    older = read_json(hidden_file(output_dir, _OLDER))
+    return older if isinstance(older, dict) else {}
 
 
 def _checkpoints(output_dir: str) -> dict[int, Path]:

@@ -21,7 +21,7 @@ def hidden_file(folder: str | Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def output_lock(folder: str | Path, path: Path | None = None) -> Iterator[None]:
-    """Hold the lock of an output folder until the context or this process ends, however it ends.
+    """Lock an output folder until the context or this process ends, however it ends.
 
     Args:
         folder: The output folder, as messages name it.

@@ -116,7 +116,7 @@ class _Lines:
             print(text.strip(), flush=True)
 
     def flush(self) -> None:
-        """Do nothing: a line is flushed as it is printed."""
+        """Return at once: each line is flushed as it is printed."""
 
 
 def _figures(logs: Mapping[str, Any], prefix: str = "") -> str:

@@ -11,7 +11,7 @@ from apo_trl.evaluation.provenance import described, trained_in
 from apo_trl.evaluation.report.runs import Run, evaluation_sets
 from apo_trl.training.movement import hardly_moved, hardly_moved_by_log, movement_of
 
-__all__ = ["SHARES", "comparison", "conclusion", "evaluated_in", "share"]
+__all__ = ["SHARES", "comparison", "conclusion", "evaluated_in", "share", "unmoved"]
 
 _SIDES = ("chosen", "rejected")
 
@@ -33,24 +33,21 @@ def share(run: Run, name: str) -> Interval:
 
 def conclusion(run: Run) -> str:
     """Return what a run did, in a sentence: by its evaluated pairs, else by its log."""
+    if still := unmoved(run):
+        return still
     settings = run.record["settings"] if run.record else {}
-    now = {"learning_rate": settings.get("learning_rate"), "steps": run.state.get("global_step")}
     if run.pairs:
-        still = hardly_moved(movement_of(run.pairs), **now)
         what, source = described([pair["trained_on"] for pair in run.pairs]), f"computed {evaluated_in(run)}"
         shares = {name: share(run, name).value for name in SHARES}
         nats = {side: float(np.mean([pair[f"{side}_logratio"] for pair in run.pairs])) for side in _SIDES}
     else:
-        beta = settings["beta"] if isinstance(settings.get("beta"), (int, float)) else math.nan
-        still = hardly_moved_by_log(_entries(run), beta=beta, **now)
+        beta = _beta(settings)
         prefix = next(iter(evaluation_sets(run.log)), "")
         what = f"the pairs of the last {'evaluation in training' if prefix else 'logged training step'}"
         source = f"trained {trained_in(run.record)}"
         last = {name: [*points.values()][-1] for name, points in run.log.items() if points}
         shares = {name: last.get(f"{prefix}apo/{name}", math.nan) for name in SHARES}
         nats = {side: last.get(f"{prefix}rewards/{side}", math.nan) / (beta or math.nan) for side in _SIDES}
-    if still:
-        return still
     if not math.isfinite(shares["separated"]):
         return "Which pairs were separated is not known: run `apo-trl evaluate` on this folder."
     text = f"{_loss(settings)} separated {shares['separated']:.0%} of {what} and displaced {shares['displaced']:.0%}"
@@ -60,6 +57,19 @@ def conclusion(run: Run) -> str:
         if math.isfinite(value)
     ]
     return "; ".join([text, *filter(None, [", ".join(moves)]), source]) + "."
+
+
+def unmoved(run: Run) -> str:
+    """Return the sentence of `hardly_moved` for a run: by its evaluated pairs, else by its log."""
+    settings = run.record["settings"] if run.record else {}
+    now = {"learning_rate": settings.get("learning_rate"), "steps": run.state.get("global_step")}
+    if run.pairs:
+        return hardly_moved(movement_of(run.pairs), **now)
+    return hardly_moved_by_log(_entries(run), beta=_beta(settings), **now)
+
+
+def _beta(settings: Mapping[str, Any]) -> float:
+    return settings["beta"] if isinstance(settings.get("beta"), (int, float)) else math.nan
 
 
 def evaluated_in(run: Run) -> str:

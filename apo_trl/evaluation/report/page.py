@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from apo_trl.evaluation.provenance import described, trained_in
-from apo_trl.evaluation.report.conclusions import SHARES, comparison, conclusion, evaluated_in, share
+from apo_trl.evaluation.report.conclusions import SHARES, comparison, conclusion, evaluated_in, share, unmoved
 from apo_trl.evaluation.report.figures import Panel
 from apo_trl.evaluation.report.runs import Run, evaluation_sets
 
@@ -39,14 +39,13 @@ def page(runs: Sequence[Run], figures: Mapping[str, Sequence[Panel]]) -> str:
     settings = _rows([record["settings"] for record in records], "default")
     repeated = ("model_name_or_path", "dataset_name")  # the same as the model and the dataset
     betas = {_setting(run, "beta")[0] for run in runs}
-    conclusions = [conclusion(run) for run in runs]
-    moved = [run for run, text in zip(runs, conclusions, strict=True) if not text.startswith("Hardly moved")]
+    moved = [run for run in runs if not unmoved(run)]
     comparable = len(moved) > 1 and all(evaluated) and len(set(evaluated)) == 1
     html = environment.get_template("page.html.jinja").render(
         runs=runs,
         figures=figures,
         version=version("apo-trl"),
-        conclusions=conclusions,
+        conclusions=[conclusion(run) for run in runs],
         comparison=comparison(moved) if comparable else [],
         betas=sorted(betas) if len(betas) > 1 else [],
         results=_results(runs),

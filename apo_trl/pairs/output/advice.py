@@ -12,7 +12,7 @@ _FAR = 0.8  # of the longer answer's characters; of the pairs of GPT-4 that the 
 
 
 def commonest(dropped: Mapping[str, int]) -> str:
-    """Return the reason of most drops that a further run does not remove, an empty string if there is none."""
+    """Return the most frequent reason of drops, without those that a further run removes, or an empty string."""
     return max((reason for reason in dropped if reason not in WAITING), key=dropped.__getitem__, default="")
 
 

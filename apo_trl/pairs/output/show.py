@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apo_trl.errors import InputError, nearest
+from apo_trl.io.files import read_json
 from apo_trl.pairs.llm.reply import choices_of
 from apo_trl.pairs.text.reasons import REASONS
 
@@ -46,11 +47,10 @@ def _where(base: sqlite3.Connection, folder: Path, reason: str) -> tuple[str, tu
     known = [name or "kept" for (name,) in base.execute("SELECT DISTINCT reason FROM rows")]
     if reason in known:
         return "reason = ?", ("" if reason == "kept" else reason,)
-    with contextlib.suppress(OSError, ValueError):
-        lost = json.loads((folder / "report.json").read_text(encoding="utf-8")).get("examples", {})
-        if reason in lost:
-            return f"id IN (?{',?' * (len(lost[reason]) - 1)})", tuple(example["id"] for example in lost[reason])
-        known += [name for name in lost if name not in known]
+    lost = (read_json(folder / "report.json") or {}).get("examples", {})
+    if reason in lost:
+        return f"id IN (?{',?' * (len(lost[reason]) - 1)})", tuple(example["id"] for example in lost[reason])
+    known += [name for name in lost if name not in known]
     raise InputError(f"--reason: '{reason}' not found.{nearest(reason, known)} Set one of {', '.join(known)}.")
 
 
