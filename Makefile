@@ -68,6 +68,7 @@ bench: $(READY)  ## measure a step's time and memory against stock TRL
 
 evidence: $(READY)  ## test the paper's claims on a small model, and draw figures and tables
 	$(BIN)/python docs/evidence.py
+	$(BIN)/python docs/answers.py
 
 docs: $(READY)  ## build the site in docs/_build/html
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build/html

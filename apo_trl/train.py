@@ -13,7 +13,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the training script, with the keys of `trl dpo`."""
+    """Run the training script, with the keys of `trl dpo`, `trl kto`, `trl reward` or `trl rloo`."""
     with exit_on_error():
         end_with_launcher()
         choose_threads()

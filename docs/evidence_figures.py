@@ -99,7 +99,7 @@ def _cell(values: list[float], share: bool = False) -> str:
     return f"{mean}{' %' if share else ''} ({low} to {high})"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -137,21 +137,21 @@ def tables(results: list[dict]) -> dict[str, str]:
         cells += [_cell(found, True) for found in (right, better["accuracy"], worse["accuracy"])]
         blend.append([NAMES[loss], *cells])
     return {
-        "sweep": _table(["learning rate", *(NAMES[loss] for loss in LOSSES), "mean accuracy", "mean margin"], sweep),
-        "losses": _table(
+        "sweep": table(["learning rate", *(NAMES[loss] for loss in LOSSES), "mean accuracy", "mean margin"], sweep),
+        "losses": table(
             head,
             [line("clair", loss) for loss in LOSSES]
             + [line("clair", loss, label=f"{NAMES[loss]}, twice the rate", times=2) for loss in LOSSES],
         ),
-        "pairs": _table(
+        "pairs": table(
             head,
             [line(data, loss, label=f"{NAMES[loss]}, {words}") for loss in LOSSES
              for data, words in (("clair", "revisions"), ("unrelated", "unrelated"))],
         ),
-        "lengths": _table(
+        "lengths": table(
             ["", "chosen, nats per 100 tokens", "rejected", "chosen up", "rejected down", "displaced"], per_token
         ),
-        "mixture": _table(
+        "mixture": table(
             ["", "better winners, nats", "worse winners, nats", "winners moved the right way", "accuracy, better",
              "accuracy, worse"], blend
         ),
@@ -159,17 +159,21 @@ def tables(results: list[dict]) -> dict[str, str]:
 
 
 def write_page(results: list[dict]) -> None:
-    """Put the tables into the page, between the marks that name them."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, table in tables(results).items():
+    fill(PAGE, tables(results))
+
+
+def fill(page: Path, tables: dict[str, str]) -> None:
+    """Put the tables into a page, between the marks that name them."""
+    text = page.read_text(encoding="utf-8")
+    for name, lines in tables.items():
         text, count = re.subn(
             rf"(<!-- {name} -->\n).*?(<!-- end -->)",
-            lambda found, t=table: f"{found[1]}{t}\n{found[2]}",
+            lambda found, lines=lines: f"{found[1]}{lines}\n{found[2]}",
             text,
             flags=re.S,
         )
         assert count == 1, f"the page has {count} places for the table {name}"
-    PAGE.write_text(text, encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
 
 
 def draw(results: list[dict]) -> None:

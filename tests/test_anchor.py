@@ -174,7 +174,7 @@ def test_answers_in_a_column_are_not_sampled(tmp_path, capsys):
 def test_without_a_judge_only_what_needs_none_is_told(tmp_path, capsys, model_dir):
     path, out = dataset(tmp_path / "pairs.jsonl", [9] * 30), tmp_path / "out"
     printed = run(capsys, "--dataset", path, "--policy", model_dir, "--output_dir", out)
-    assert "No loss is suggested: neither --judge nor --chosen_score" in printed
+    assert "No loss is suggested: neither --judge, --judge_function nor --chosen_score" in printed
     assert "nats a token" in printed
     assert "Jaccard" in printed
     assert not (out / "pairs.jsonl").exists()

@@ -152,7 +152,7 @@ PARSERS = {parser.prog: parser for parser in parsers(cli.build_parser())}
 
 
 def test_how_many_commands_there_are():
-    assert len(PARSERS) == 1 + 11 + 5 + 5  # with those of `recipes` and of `pairs`
+    assert len(PARSERS) == 1 + 13 + 5 + 5  # with those of `recipes` and of `pairs`
 
 
 @pytest.mark.parametrize("name", PARSERS)
@@ -162,7 +162,7 @@ def test_every_help_ends_in_an_example_that_parses(name):
     assert example.startswith(name)
     options = cli.build_parser().parse_args(shlex.split(example)[1:])
     assert callable(options.run)
-    if getattr(options, "rest", None):
+    if getattr(options, "rest", None) and name != "apo-trl rounds":  # whose keys are not TRL's
         parse([getattr(options, "name", "smollm2-135m/apo_zero_lora"), "--use_cpu", *options.rest[1:]])
 
 
@@ -357,13 +357,6 @@ class TestBadInput:
 class TestProcesses:
     """The same through real processes: what a user sees on the screen."""
 
-    def test_apo_trl_train(self, arguments, tmp_path):
-        done = command(BIN / "apo-trl", "train", *arguments(loss_type="apo_zero_norm"), "--num_processes", "1")
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "Saved to" in done.stdout
-        assert re.search("Trained to step .* chosen up", done.stdout)
-        assert (tmp_path / "out" / "model.safetensors").is_file()
-
     def test_apo_trl_train_with_a_bad_row(self, arguments, tmp_path):
         data = write(tmp_path / "bad.jsonl", BAD_DATA["a row without chosen"][0])
         done = command(BIN / "apo-trl", "train", *arguments(dataset_name=data))
@@ -376,48 +369,6 @@ class TestProcesses:
         assert done.returncode == 2
         assert "zero99" in done.stderr
         assert "Traceback" not in done.stderr
-
-    def test_trls_own_script_with_our_loss(self, arguments, tmp_path):
-        done = command(BIN / "apo-trl", "run", DPO_SCRIPT, *arguments(loss_type="apo_zero_norm"))
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert re.search("Trained to step .* chosen up", done.stdout)
-        assert (tmp_path / "out" / "model.safetensors").is_file()
-
-    def test_trls_own_script_with_a_wrong_loss(self, arguments, tmp_path):
-        done = command(BIN / "apo-trl", "run", DPO_SCRIPT, *arguments(loss_type="apo_zero_nrm"))
-        assert done.returncode == 2
-        assert "Did you mean 'apo_zero_norm'?" in done.stderr
-        assert "Traceback" not in done.stderr
-        assert not (tmp_path / "out").exists()
-
-    def test_two_processes_train_as_one(self, arguments, tmp_path):
-        """The same global batch over two processes: the same losses, and every metric logged once."""
-        script = tmp_path / "script.py"
-        script.write_text(
-            "import json, sys\n"
-            "from apo_trl.training import arguments, script\n"
-            "run, _ = arguments.parse(sys.argv[1:])\n"
-            "trainer = script.make_trainer(run)\n"
-            "trainer.train()\n"
-            "if trainer.accelerator.is_main_process:\n"
-            "    print('LOG', json.dumps(trainer.state.log_history))\n"
-        )
-        options = arguments(loss_type="apo_blend", max_steps=3)
-        logs = {}
-        for processes in (1, 2):
-            batch = ["--per_device_train_batch_size", str(4 // processes)]
-            launch = [BIN / "accelerate", "launch", "--num_processes", processes, "--num_machines", 1]
-            launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-            # What starts several processes is called after GPUs; the script itself stays on the CPU.
-            launch += ["--multi_gpu"] if processes > 1 else ["--cpu"]
-            done = command(*launch, script, *options, *batch)
-            assert done.returncode == 0, done.stderr[-3000:]
-            (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOG ")]
-            logs[processes] = json.loads(line.removeprefix("LOG "))[:-1]
-        assert len(logs[1]) == len(logs[2]) == 3
-        for one, two in zip(logs[1], logs[2], strict=True):
-            for key in ("loss", "apo/chosen_up", "apo/separated", "apo/chosen_logratio_per_token", "rewards/margins"):
-                assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ from test_cli import BIN, write
 import apo_trl
 from apo_trl.cli.main import build_parser
 from apo_trl.io.rows import normalise_row
+from apo_trl.rounds.settings import parse as parse_rounds
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -109,6 +110,8 @@ def parse_command(monkeypatch, tmp_path):
             find_recipe(options.name)
         elif words[0] == "run":
             make_parser().parse_args_and_config([*options.arguments, "--use_cpu"])
+        elif words[0] == "rounds":
+            parse_rounds("rounds/instructions", options.rest)
         elif hasattr(options, "recipe"):
             parse_pairs(options.recipe, {key: value for key, value in vars(options).items() if key in known_keys()})
 

@@ -10,7 +10,9 @@ import shutil
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
+import transformers.trainer
 import trl
 from chat_server import ChatServer
 from conftest import make_model, make_tokenizer, rows
@@ -54,7 +56,9 @@ RESULTS = {
         "loss_type: apo_zero", Path("RUN/evaluation.parquet"), "48 evaluated pairs", Path("report.html"),
         Path("report.html"), Path("runs/compare/compare.json"),
     ],
+    "score.md": [Path("scores/before/score.json"), Path("scores/after/answers.parquet"), Path("report.html")],
     "evidence.md": ["docs/evidence.py"],
+    "answers.md": ["docs/answers.py"],
     "performance.md": [None, None, None, None, Path("gpu.json")],
     "memory.md": ["of 24"],
     "migrating.md": ["'rl_beta'", *[Path("out/model.safetensors")] * 4],
@@ -63,9 +67,12 @@ FAILS = {"apo-trl recipes check old.yaml": 1}  # as the page says
 NEEDS_GPU = re.compile(r"# needs .*\bGPUs?\b")
 
 
+ELSEWHERE = re.compile("--fresh|docs/answers.py|apo-trl rounds")  # they have their own tests
+
+
 def shown(page):
-    """The commands in the blocks of a page; the runs of the evidence have their own test."""
-    return [line.text for line in commands(page) if not line.inline and "--fresh" not in line.text]
+    """The commands in the blocks of a page that are run here."""
+    return [line.text for line in commands(page) if not line.inline and not ELSEWHERE.search(line.text)]
 
 
 def test_every_command_has_a_result():
@@ -98,8 +105,14 @@ def trained(model_dir, tmp_path_factory):
 
 @pytest.fixture
 def workplace(model_dir, trained, tmp_path, monkeypatch):
-    """A folder with everything that the pages name."""
+    """A folder with everything that the pages name; commands train in this process, which is left as it was."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "accelerate.commands.launch.launch_command", lambda given: train.main(given.training_script_args)
+    )
+    for owner, name in ((datasets, "load_dataset"), (sys, "argv"), (sys, "path")):  # `apo-trl run` replaces them
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS])
     for name in ("RUN", "RUN_A", "RUN_B", "RUN_C", "Llama-3-8B-APO-zero-LoRA"):
         shutil.copytree(trained, name)
     Path("WHAT_IT_STARTED_FROM").symlink_to(model_dir)
@@ -127,6 +140,7 @@ MORE = {
     "pairs build pairs/clair_local": ["--policy_model", "MODEL", "--max_edit_distance", "1", *BABBLE],
     "anchor": BABBLE,
     "compare": BABBLE,
+    "score": ["--max_prompts", "3", "--max_tokens", "8"],
     "demo": ["--model", "WHAT_IT_STARTED_FROM", "--max_steps", "2"],
     "bench": ["--repeats", "1", "--layers", "1"],
 }
@@ -161,8 +175,6 @@ def in_process(words):
 
 def run(words, folder):
     """Run one command and return its exit status."""
-    if words[0] == "apo-trl" and words[1] not in ("train", "run"):
-        return in_process(words[1:])
     if words[0] == "make":
         words = [*words, "--directory", ROOT, "--dry-run", f"READY={__file__}"]  # what it runs is run elsewhere
     elif words[0] == "pip":
@@ -173,7 +185,12 @@ def run(words, folder):
         defaults |= {"--output_dir": "out"} if "my_dpo_script.py" in words else {}
         defaults = {} if "run.yaml" in words else defaults
         added = [word for option in defaults.items() if option[0] not in words for word in option]
-        words = [BIN / words[0], *words[1:], *added, *QUICK]
+        if words[0] != "apo-trl":
+            words = [BIN / words[0], *words[1:], *added, *QUICK]
+        elif words[1] in ("train", "run"):
+            return in_process([*words[1:], *added, *QUICK])
+        else:
+            return in_process(words[1:])
     done = command(*words)
     print(done.stdout, done.stderr)
     return done.returncode

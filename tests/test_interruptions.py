@@ -100,7 +100,6 @@ class TestSignals:
     @pytest.mark.parametrize(
         ("number", "more"),
         [
-            (signal.SIGTERM, []),
             (signal.SIGHUP, []),
             (signal.SIGTERM, ["--multi_gpu", *TWO]),
             (signal.SIGINT, ["--multi_gpu", *TWO]),

@@ -250,7 +250,7 @@ def test_every_key_has_a_flag_that_lands_in_settings(tmp_path):
     template = tmp_path / "t.jinja"
     template.write_text("x")
     keys = known_keys()
-    assert len(keys) == 22 + 4 * 19 - 7
+    assert len(keys) == 22 + 4 * 19 - 6
     seen = 0
     needed = {f"{role}_{name}": value for role in ROLES for name, value in (("model", "m"), ("base_url", URL))}
     for key, entry in keys.items():
@@ -263,7 +263,8 @@ def test_every_key_has_a_flag_that_lands_in_settings(tmp_path):
             text = value = str(template)
         base = BASE | needed | {"tokenizer": "t", "policy_input_price": 1}
         base |= {"method": "stronger_preferred"} if key.startswith("stronger_") else {"method": "judge_then_clair"}
-        base |= {"reviser_model": None, "reviser_base_url": None} if key == "reviser_function" else {}
+        if key.endswith("_function"):
+            base |= dict.fromkeys(key.replace("function", other) for other in ("model", "base_url"))
         given = flags(f"--{key}", text)
         assert set(given) == {key}
         made = make_settings(base | given, environment=False)
@@ -278,7 +279,7 @@ def test_every_key_has_a_flag_that_lands_in_settings(tmp_path):
         told = make_settings(base | {key: yaml.safe_load(json.dumps(value))}, environment=False)
         assert told.described() == made.described()
         seen += 1
-    assert seen == 91
+    assert seen == 92
 
 
 def test_flags_win_over_the_file(tmp_path):
@@ -319,7 +320,7 @@ def test_the_help_shows_defaults_that_are_zero(capsys):
 
 def test_packaged_recipes_parse_and_are_ok():
     names = pairs_names()
-    assert len(names) == 6
+    assert len(names) == 7
     assert {parse(name, {}, environment=False).method for name in names} == set(METHODS)
     for name in names:
         assert check(name) == []

@@ -101,16 +101,20 @@ def launch(tmp_path, model_dir):
 
 
 @pytest.mark.slow
-def test_one_process_looks_at_the_rows_and_only_once(launch):
+def test_one_process_looks_at_the_rows_and_only_once(launch, train, counted, tmp_path):
     first, second = launch("ddp", ROWS)
     assert first["refusal"] == second["refusal"]
     assert first["refusal"].startswith("Row 5 of the train dataset has no 'rejected'")
     assert (first["checked"], first["both"]) == (8, 2 * 12)
     assert second["checked"] == second["both"] == 0
     assert "reason" not in first["columns"]
-    for again in launch("ddp", ROWS):
-        assert again["refusal"] == first["refusal"]
-        assert again["checked"] == again["both"] == 0
+    # Nor does another process look at them, later.
+    source = {"path": "json", "split": "train", "cache_dir": str(tmp_path / "cache")}
+    bad, good = (load_dataset(data_files=f"{tmp_path}/{name}.jsonl", **source) for name in ("bad", "good"))
+    with pytest.raises(InputError, match="Row 5 of the train dataset"):
+        train(run=False, data=bad)
+    train(run=False, data=good)
+    assert counted == []
 
 
 @pytest.mark.slow

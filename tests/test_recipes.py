@@ -10,23 +10,23 @@ from apo_trl.errors import InputError
 from apo_trl.io.resources import accelerate_config, find_recipe, hardware, pairs_names, recipe_folder, recipe_names
 from apo_trl.recipes.catalog import describe
 from apo_trl.recipes.check import check
-from apo_trl.training.arguments import parse
+from apo_trl.training.arguments import parse, trl_script
 
 NAMES = recipe_names()
 HARDWARE = sorted((recipe_folder() / "accelerate").glob("*.yaml"))
 
 
 def test_how_many_there_are():
-    assert len(NAMES) == 13
+    assert len(NAMES) == 16
     assert {describe(name)["method"] for name in NAMES} == {"full", "LoRA", "QLoRA"}
-    losses = {"apo_zero", "apo_down", "apo_zero_norm", "apo_blend", "apo_zero_unpaired"}
+    losses = {"apo_zero", "apo_down", "apo_zero_norm", "apo_blend", "apo_zero_unpaired", "reward", "rloo"}
     assert {describe(name)["loss"] for name in NAMES} == losses
     names = "cpu ddp fsdp2 multi_node_zero3 single_gpu zero1 zero2 zero3 zero3_offload"
     assert [path.stem for path in HARDWARE] == names.split()
 
 
-def settings(*arguments, unpaired):
-    run, leftover = parse([*arguments, "--use_cpu"], unpaired=unpaired)
+def settings(*arguments, script=None):
+    run, leftover = parse([*arguments, "--use_cpu"], script=script)
     assert leftover == []
     return {key: value for part in run for key, value in vars(part).items()}
 
@@ -34,12 +34,33 @@ def settings(*arguments, unpaired):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_key_is_known_and_changes_something(name):
     path = find_recipe(name)
-    keys, unpaired = yaml.safe_load(path.read_text()), "unpaired" in name
-    parsed, defaults = settings("--config", name, unpaired=unpaired), settings(unpaired=unpaired)
+    keys = yaml.safe_load(path.read_text())
+    parsed, defaults = settings("--config", name), settings(script=trl_script(keys))
     # use_cpu is given above for both, since the default needs a GPU.
     same = [key for key in keys if key != "use_cpu" and parsed[key] == defaults[key]]
     # What a source recommends is worth saying even where it is the default.
     assert set(same) <= {"loss_type", "beta", "learning_rate"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "script"),
+    [
+        ({}, "dpo"),
+        ({"loss_type": "kto"}, "kto"),
+        ({"loss_type": ["apo_zero_unpaired"]}, "kto"),
+        ({"loss_type": ["apo_zero", "kto"]}, "dpo"),  # whose error names the loss
+        ({"center_rewards_coefficient": 0.01}, "reward"),
+        ({"lora_task_type": "SEQ_CLS"}, "reward"),
+        ({"reward_funcs": ["a.b"]}, "rloo"),
+        ({"reward_model_name_or_path": "reward"}, "rloo"),
+    ],
+    ids=str,
+)
+def test_the_script_of_trl_that_has_the_keys_of_a_run(keys, script):
+    assert trl_script(keys) == script
+    words = [word for key, value in keys.items() for word in (f"--{key}", *([value] if isinstance(value, str) else []))]
+    if len(words) == 2 * len(keys):  # as options, too
+        assert parse([*words, "--use_cpu"])[0].trl_script == script
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,6 +105,12 @@ BAD = {
     "an adapter on lm_head": ("use_peft: true\nlora_target_modules: [q_proj, lm_head]", "lora_target_modules: lm_head"),
     "a column that the loss needs": ("loss_type: apo_blend\ndataset_name: plain.jsonl", "has no column 'chosen_wins'"),
     "prompts longer than max_length": ("dataset_name: pairs.jsonl\nmax_length: 8", "in 8 of 8 rows"),
+    "an adapter without a score": (
+        "center_rewards_coefficient: 0.01\nuse_peft: true",
+        "lora_task_type: must be SEQ_CLS",
+    ),
+    "a reward that is no function": ("reward_funcs: [apo_trl.checks.nothing]", "reward_funcs: function not found"),
+    "part of a group": ("reward_funcs: [accuracy_reward]\nnum_generations: 3", "divisible by num_generations"),
     "a file that is not there": ("dataset_name: none.jsonl", "none.jsonl"),
 }
 NOTES = {
@@ -149,9 +176,10 @@ class TestCommands:
     def test_list(self, capsys):
         cli.main(["recipes"])
         lines = capsys.readouterr().out.splitlines()
-        assert [line.split()[0] for line in lines[:-2]] == ["name", *NAMES]
-        assert lines[-1] == f"For `apo-trl pairs build`: {', '.join(pairs_names())}"
-        assert len(pairs_names()) == 6
+        assert [line.split()[0] for line in lines[:-3]] == ["name", *NAMES]
+        assert lines[-1] == "For `apo-trl rounds`: rounds/instructions"
+        assert lines[-2] == f"For `apo-trl pairs build`: {', '.join(pairs_names())}"
+        assert len(pairs_names()) == 7
 
     def test_show_and_copy(self, capsys, tmp_path):
         text = find_recipe("llama-3-8b/apo_zero_full").read_text()
@@ -187,7 +215,12 @@ class TestPlan:
 
     @pytest.mark.parametrize("name", NAMES)
     def test_every_recipe_can_be_planned(self, capsys, model_dir, name):
-        assert "total" in self.run(capsys, model_dir, name, "--gpu_memory", "24")
+        if not name.startswith("rlhf/"):
+            assert "total" in self.run(capsys, model_dir, name, "--gpu_memory", "24")
+            return
+        with pytest.raises(SystemExit):
+            self.run(capsys, model_dir, name, "--gpu_memory", "24")
+        assert "docs/rlhf.md" in capsys.readouterr().err
 
     def test_a_key_given_after_it_counts(self, capsys, model_dir):
         few = self.run(capsys, model_dir, "llama-3-8b/apo_zero_full", "--gpu_memory", "80")

@@ -41,10 +41,8 @@ def test_importing_changes_nothing_and_loads_nothing_heavy():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["from trl import DPOTrainer, DPOConfig", "import apo_trl"])
-def test_importing_leaves_the_host_alone_in_either_order(first):
-    code = f"""
-{first}
+def test_importing_leaves_the_host_alone():
+    code = """
 import apo_trl, apo_trl.trainer
 from trl import DPOTrainer, DPOConfig
 before = dict(vars(DPOTrainer)), dict(vars(DPOConfig))

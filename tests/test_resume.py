@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,43 +89,50 @@ def weights(folder):
     return load_file(path)
 
 
-class TestKilled:
-    """SIGKILL after step 3; the same command with --resume_from_checkpoint true ends where an unbroken run ends."""
+def kill(arguments, cut, whole):
+    """End a run after step 3."""
+    script = cut.with_name("killed.py")
+    script.write_text(KILLED)
+    assert command(sys.executable, script, *arguments).returncode == -signal.SIGKILL
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize(
-        ("launcher", "more"),
-        [
-            ([sys.executable], []),
-            ([sys.executable], ["--use_peft", "--lora_r", "4", "--lora_dropout", "0.1"]),
-            ([BIN / "accelerate", "launch", "--config_file", ZERO2, *TWO], []),
-        ],
-        ids=["full", "LoRA", "ZeRO-2 on two processes"],
-    )
-    def test_goes_on_as_if_nothing_had_been(self, arguments, tmp_path, launcher, more):
-        if ZERO2 in launcher:
-            pytest.importorskip("deepspeed")
-        script = tmp_path / "killed.py"
-        script.write_text(KILLED)
-        cut, whole = tmp_path / "cut", tmp_path / "whole"
 
-        killed = command(*launcher, script, *arguments(cut, *more))
-        assert killed.returncode != 0
-        assert [path.name for path in cut.glob("checkpoint-*")] == ["checkpoint-2"]
+def keep_the_first_checkpoint(arguments, cut, whole):
+    shutil.copytree(whole / "checkpoint-2", cut / "checkpoint-2")
 
-        resumed = command(*launcher, "-m", "apo_trl.train", *arguments(cut, *more, *RESUME))
-        assert resumed.returncode == 0, resumed.stderr[-2000:]
-        unbroken = command(*launcher, "-m", "apo_trl.train", *arguments(whole, *more))
-        assert unbroken.returncode == 0, unbroken.stderr[-2000:]
 
-        expected = losses(whole / "checkpoint-6")
-        assert list(expected) == [1, 2, 3, 4, 5, 6]
-        assert losses(cut / "checkpoint-6") == expected
-        ours, theirs = weights(cut), weights(whole)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-        start = weights(cut / "checkpoint-2")
-        assert not all(torch.equal(ours[name], start[name]) for name in start)
+def train_on_two_processes(arguments):
+    pytest.importorskip("deepspeed")
+    done = command(BIN / "accelerate", "launch", "--config_file", ZERO2, *TWO, "-m", "apo_trl.train", *arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("run", "stop", "more"),
+    [
+        pytest.param(train.main, kill, [], marks=pytest.mark.slow, id="killed"),
+        pytest.param(
+            train.main, keep_the_first_checkpoint, ["--use_peft", "--lora_r", "4", "--lora_dropout", "0.1"], id="LoRA"
+        ),
+        pytest.param(
+            train_on_two_processes, keep_the_first_checkpoint, [], marks=pytest.mark.slow, id="ZeRO-2 on two processes"
+        ),
+    ],
+)
+def test_a_resumed_run_ends_where_an_unbroken_run_ends(arguments, tmp_path, run, stop, more):
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    run(arguments(whole, *more))
+    stop(arguments(cut, *more), cut, whole)
+    assert [path.name for path in cut.glob("checkpoint-*")] == ["checkpoint-2"]
+    run(arguments(cut, *more, *RESUME))
+
+    expected = losses(whole / "checkpoint-6")
+    assert list(expected) == [1, 2, 3, 4, 5, 6]
+    assert losses(cut / "checkpoint-6") == expected
+    ours, theirs = weights(cut), weights(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    start = weights(cut / "checkpoint-2")
+    assert not all(torch.equal(ours[name], start[name]) for name in start)
 
 
 @pytest.fixture
@@ -257,11 +265,10 @@ class TestCtrlC:
     @pytest.mark.parametrize(
         "launcher",
         [
-            [sys.executable, "-m", "apo_trl.train"],
             [BIN / "apo-trl", "train"],
             [BIN / "apo-trl", "train", "--accelerate_config", ZERO2, *TWO],
         ],
-        ids=["python -m", "apo-trl", "apo-trl on two processes"],
+        ids=["apo-trl", "apo-trl on two processes"],
     )
     def test_ends_cleanly(self, arguments, tmp_path, launcher):
         if ZERO2 in launcher:

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
         metavar="MODEL",
         help="model to be trained: a folder or hub name, or a name at --policy_base_url",
     )
-    parser.add_argument("--judge", metavar="MODEL", help="model that judges, the same way")
+    parser.add_argument("--judge", metavar="MODEL", help="model that judges, the same way; or set --judge_function")
     parser.add_argument("--split", default="train", help="split of the dataset (default: %(default)s)")
     parser.add_argument("--limit", type=positive_int, default=200, metavar="N", help="pairs (default: %(default)s)")
     parser.add_argument("--output_dir", metavar="DIR", help="(default: runs/anchor/NAME)")
@@ -48,16 +48,17 @@ def run(
         raise InputError("chosen_score: requires policy_score, and vice versa. Set both columns, or a judge.")
     folder = Path(output_dir or Path("runs/anchor") / Path(dataset.rstrip("/")).name.split(".")[0])
     keys |= {"method": "on_policy_judge", "prompts": dataset, "output_dir": str(folder), "policy_model": policy}
-    settings = make_settings(keys | {"judge_model": judge or "unused"})
+    by_function = "judge_function" in keys
+    settings = make_settings(keys | {"judge_model": judge or (None if by_function else "unused")})
     rows = module.read_dataset(dataset, split)
     indices = sorted(random.Random(settings.seed).sample(range(len(rows)), min(limit, len(rows))))
     if chosen_score and policy_score:
         report = module.anchor(rows, range(len(rows)), settings, scores=(chosen_score, policy_score))
-    elif judge:
+    elif judge or by_function:
         report = module.anchor(rows, indices, settings, response=policy_response)
     else:
         report = {"asked": 0, "dropped": {}, "outcomes": {}, "answers": {}, "stopped": "", **module.suggest(0, 0)}
-        report["why"] = "neither --judge nor --chosen_score with --policy_score is set"
+        report["why"] = "neither --judge, --judge_function nor --chosen_score with --policy_score is set"
     outcomes, answers = report.pop("outcomes"), report.pop("answers")
     if not settings.policy[0].base_url and not report["stopped"]:
         choose_threads()

@@ -17,16 +17,14 @@ def add(commands: Any) -> None:
     parser.add_argument("--a", required=True, metavar="MODEL", help="a folder, a hub name, or a name at a_base_url")
     parser.add_argument("--b", required=True, metavar="MODEL", help="a folder, a hub name, or a name at b_base_url")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="prompts, as for `apo-trl pairs build`")
-    parser.add_argument(
-        "--judge", required=True, metavar="MODEL", help="model that judges; a name at --judge_base_url, too"
-    )
+    parser.add_argument("--judge", metavar="MODEL", help="model that judges; or set --judge_function")
     parser.add_argument("--a_base_url", metavar="URL", help="server of A (default: in this process)")
     parser.add_argument("--b_base_url", metavar="URL", help="server of B (default: in this process)")
     parser.add_argument("--output_dir", default="runs/compare", metavar="DIR", help="(default: %(default)s)")
     add_arguments(parser, judging_keys() - {"policy_base_url"} | {"max_prompts", "prompts_split"})
 
 
-def run(a: str, b: str, a_base_url: str | None, b_base_url: str | None, judge: str, **keys: Any) -> None:
+def run(a: str, b: str, a_base_url: str | None, b_base_url: str | None, judge: str | None, **keys: Any) -> None:
     check_installed()
     from apo_trl.evaluation.compare import compare, table
 

@@ -5,13 +5,13 @@ import sys
 from collections.abc import Sequence
 
 from apo_trl import __version__
-from apo_trl.cli import anchor, bench, compare, demo, evaluate, merge, pairs, recipes, report, run, train
+from apo_trl.cli import anchor, bench, compare, demo, evaluate, merge, pairs, recipes, report, rounds, run, score, train
 from apo_trl.cli.options import Parser
 from apo_trl.training.console import TRACEBACK, exit_on_error
 
 __all__ = ["build_parser", "main"]
 
-_COMMANDS = (train, run, recipes, pairs, anchor, evaluate, compare, report, merge, bench, demo)
+_COMMANDS = (train, run, recipes, pairs, rounds, anchor, evaluate, compare, score, report, merge, bench, demo)
 
 
 def build_parser() -> Parser:

@@ -60,7 +60,7 @@ def positive_int(text: str) -> int:
 def judging_keys() -> set[str]:
     """Return the keys of `apo-trl pairs` that `anchor` and `compare` have, too."""
     roles = {key for key in known_keys() if key.startswith(("policy_", "judge_")) and not key.endswith("_model")}
-    return roles | {"seed", "concurrency", "max_requests", "max_cost", "max_failures"}
+    return roles | {"seed", "concurrency", "max_requests", "max_cost", "max_failures", "function_timeout"}
 
 
 def exit_if_stopped(reason: str) -> None:

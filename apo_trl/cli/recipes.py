@@ -46,6 +46,7 @@ def list_recipes() -> None:
     for row in table:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
     print(f"\nFor `apo-trl pairs build`: {', '.join(pairs_names())}")
+    print("For `apo-trl rounds`: rounds/instructions")
 
 
 def show(name: str) -> None:
@@ -75,10 +76,9 @@ def check(files: list[str]) -> None:
 
 def plan(name: str, gpus: int, gpu_memory: float, accelerate_config: str, rest: list[str]) -> None:
     quiet_libraries()
-    from apo_trl.recipes.catalog import is_unpaired
     from apo_trl.recipes.memory import plan as planning
     from apo_trl.training.arguments import parse
 
-    run, _ = parse([name, "--use_cpu", *rest], unpaired=is_unpaired(find_recipe(name)))
+    run, _ = parse([name, "--use_cpu", *rest])
     estimate = planning.from_recipe(run, gpus=gpus, **hardware(accelerate_config))
     print(f"{planning.table(estimate)}\n{planning.verdict(estimate, gpu_memory)}")

@@ -14,7 +14,8 @@ use_peft, load_in_4bit     LoRA; both: QLoRA
 output_dir                 folder of the results
 accelerate_config          hardware: cpu, single_gpu, ddp, zero3, ...
 num_processes              number of GPUs
-All keys of `trl dpo` and `accelerate launch`: python -m apo_trl.train --help"""
+All keys of `trl dpo` and `accelerate launch`: python -m apo_trl.train --help
+KTO, reward models and RLOO: a file with keys of `trl kto`, `reward` or `rloo`"""
 
 
 def add(commands: Any) -> None:

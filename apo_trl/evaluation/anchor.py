@@ -22,7 +22,7 @@ from apo_trl.pairs.config.settings import Settings
 from apo_trl.pairs.judging import duel
 from apo_trl.pairs.llm.requests import Dropped, Requester
 from apo_trl.pairs.methods import own_answers
-from apo_trl.pairs.prompts import Answer, Record
+from apo_trl.pairs.prompts import Answer, Record, columns_of
 from apo_trl.pairs.statistics.statistics import Statistics
 
 __all__ = ["anchor", "contrast", "likelihoods", "read_dataset", "suggest", "table", "write_dataset"]
@@ -61,6 +61,8 @@ def anchor(
         results = [("", "", {"chosen": _by_scores(index, rows[index], scores, settings)}) for index in indices]
     else:
         records = [_record(index, rows[index], response) for index in indices]
+        if settings.functions:
+            records = [record._replace(columns=columns_of(rows[record.position])) for record in records]
         results, rest = judge_records(settings, records, _compare)
     verdicts = {index: verdict for index, (_, reason, verdict) in zip(indices, results, strict=True) if not reason}
     rest["dropped"] = dict(Counter(reason for _, reason, _ in results if reason))

@@ -8,7 +8,7 @@ from typing import Any
 from apo_trl.pairs.build import Make, check_templates, process_all
 from apo_trl.pairs.config.settings import Settings
 from apo_trl.pairs.llm.response_cache import ResponseCache
-from apo_trl.pairs.output.writer import judged_summary
+from apo_trl.pairs.output.writer import functions_used, judged_summary
 from apo_trl.pairs.progress import Progress
 from apo_trl.pairs.prompts import Record
 
@@ -24,16 +24,17 @@ def judge_records(
     """Run `make` on every record, with the response cache of `settings.folder`.
 
     Returns the id, the reason of a dropped record, and the result of each record; and a report with `judge`, the
-    judge's statistics, `thoughts`, how many replies of each role had some, and `stopped`, the reason of an early end.
+    judge's statistics, `functions`, `thoughts`, how many replies of each role had some, and `stopped`, the reason of an
+    early end.
     """
     check_templates(settings)
     with ResponseCache(settings.folder) as cache:
         servers = process_all(settings, records, cache, Progress(len(records)), make)
-        rows = list(cache.rows())
+        rows, functions = list(cache.rows()), functions_used(settings, cache)
     results = [(name, reason, json.loads(result) if result else None) for name, reason, _, result, _ in rows]
     judge = judged_summary(json.loads(notes) for *_, notes in rows)
     thoughts = dict(servers.requester.thoughts)
-    return results, {"judge": judge, "thoughts": thoughts, "stopped": servers.limits.stopped}
+    return results, {"judge": judge, "functions": functions, "thoughts": thoughts, "stopped": servers.limits.stopped}
 
 
 def count_outcomes(outcomes: Iterable[str], wins: str, losses: str) -> dict[str, int]:

@@ -24,7 +24,7 @@ def recipe_folder() -> Path:
 
 def recipe_names() -> list[str]:
     """Return the names of training recipes: paths without `.yaml`, such as `smollm2-135m/demo`."""
-    return [name for name in _names() if not name.startswith(("accelerate/", "pairs/"))]
+    return [name for name in _names() if not name.startswith(("accelerate/", "pairs/", "rounds/"))]
 
 
 def pairs_names() -> list[str]:
@@ -61,7 +61,7 @@ def find_recipe(name: str) -> Path:
     """Return the YAML file of a path or of a recipe's name."""
     if Path(name).is_file():
         return Path(name)
-    known = [*recipe_names(), *pairs_names()]
+    known = [name for name in _names() if not name.startswith("accelerate/")]
     if name in known:
         return recipe_folder() / f"{name}.yaml"
     raise InputError(

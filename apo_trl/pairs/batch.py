@@ -15,7 +15,7 @@ from typing import BinaryIO, NoReturn
 
 from apo_trl.errors import InputError
 from apo_trl.io.messages import replace_surrogates
-from apo_trl.pairs.build import check_templates, each_row, take_over_shards
+from apo_trl.pairs.build import check_columns, check_templates, each_row, take_over_shards
 from apo_trl.pairs.config.settings import Role, Settings
 from apo_trl.pairs.llm.reply import choices_of, usage_of
 from apo_trl.pairs.llm.requests import Dropped, Request, Requester
@@ -36,6 +36,7 @@ def export_batch(settings: Settings, store: ResponseCache) -> dict[Path, int]:
     """
     source = PromptSource(settings)
     check_templates(settings)
+    check_columns(settings, source)
     take_over_shards(settings, store)
     folder = settings.folder / "batch"
     folder.mkdir(exist_ok=True)

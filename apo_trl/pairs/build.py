@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from apo_trl.errors import InputError
 from apo_trl.pairs.config.settings import Settings
-from apo_trl.pairs.functions.process import source_of
+from apo_trl.pairs.functions.process import load_function
 from apo_trl.pairs.judging import Notes
 from apo_trl.pairs.llm.requests import Dropped, Requester, Stopped
 from apo_trl.pairs.llm.response_cache import ResponseCache
@@ -20,7 +20,7 @@ from apo_trl.pairs.progress import Progress
 from apo_trl.pairs.prompts import PromptSource, Record
 from apo_trl.pairs.text.templates import load_template
 
-__all__ = ["End", "Make", "build", "check_templates", "each_row", "process_all", "take_over_shards"]
+__all__ = ["End", "Make", "build", "check_columns", "check_templates", "each_row", "process_all", "take_over_shards"]
 
 _SHOWN = 200  # characters of a prompt that `apo-trl pairs show` has
 Make = Callable[[Requester, Settings, Record, Notes], Awaitable[Any]]
@@ -61,15 +61,30 @@ def build(settings: Settings) -> Result:
 def check_templates(settings: Settings) -> None:
     """Load the templates and functions that the method uses, so that an invalid one stops the run at once."""
     load_template.cache_clear()  # a file may have changed since the last run of this process
-    source_of.cache_clear()
+    load_function.cache_clear()
     for role in settings.functions:
-        source_of(str(role.function))
+        try:
+            load_function(str(role.function))
+        except InputError as error:
+            raise InputError(f"{role.name}_{error}") from error
     prompt = [{"role": role, "content": "2 + 2?"} for role in ("system", "user", "assistant", "user")]
     judge_step = {"pairwise": "compare", "pointwise": "score"}.get(settings.judge_protocol)
     for role in settings.roles:
         if step := {"reviser": "revise", "judge": judge_step}.get(role.name):
             answers = {"answer_a": "4", "answer_b": "5"} if step == "compare" else {"answer": "4"}
             load_template(step, role.template).ask(prompt, **answers)
+
+
+def check_columns(settings: Settings, records: Iterable[Record]) -> set[str]:
+    """Return the columns of all records, if functions get them. Raises InputError for one that a function lacks."""
+    columns = {name for record in (records if settings.functions else ()) for name in record.columns}
+    for role in settings.functions:
+        for name in load_function(str(role.function))["needs"]:
+            if name not in columns:
+                text = f"{role.name}_function: {role.public_model} needs the column '{name}', which no prompt has"
+                remedy = "Add it to the prompts, or give the parameter a default"
+                raise InputError(f"{text}, got {', '.join(sorted(columns)) or 'no column'}. {remedy}.")
+    return columns
 
 
 def take_over_shards(settings: Settings, store: ResponseCache) -> int:
@@ -82,6 +97,7 @@ def process_all(
     settings: Settings, records: Iterable[Record], store: ResponseCache, progress: Progress, make: Make
 ) -> Servers:
     """Process every record with `make`, and store its end, with the result as JSON."""
+    columns = check_columns(settings, records)
 
     def end(ended: End) -> None:
         (position, id, *_), result, notes, reason, detail = ended
@@ -95,7 +111,7 @@ def process_all(
             store.commit()
 
     async def run() -> Servers:
-        servers = Servers(settings, store, progress.say)
+        servers = Servers(settings, store, progress.say, columns)
         store.begin()
         committing = asyncio.create_task(commit())
         try:

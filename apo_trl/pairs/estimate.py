@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from apo_trl.pairs.build import End, check_templates, each_row
+from apo_trl.pairs.build import End, check_columns, check_templates, each_row
 from apo_trl.pairs.config.settings import Role, Settings
 from apo_trl.pairs.llm.limits import tokens_of
 from apo_trl.pairs.llm.requests import Dropped, Request, Requester
@@ -26,6 +26,7 @@ def estimate(settings: Settings, store: ResponseCache) -> dict[str, dict[str, fl
     """Estimate by role; an answer is as long as the role's mean in the cache, or else as max_tokens allows."""
     source, means = PromptSource(settings), store.mean_tokens()
     check_templates(settings)
+    check_columns(settings, source)
     counts = {role.name: Counter(requests=0, prompt_tokens=0, completion_tokens=0) for role in settings.roles}
     seen: set[str] = set()
     missing: dict[str, str] = {}  # rows with the role whose answers they lack
@@ -47,10 +48,11 @@ def estimate(settings: Settings, store: ResponseCache) -> dict[str, dict[str, fl
         raise Dropped("not_answered")
 
     def end(ended: End) -> None:
-        if ended.reason == "not_answered" and ended.record.id in missing:  # else a function is called, for nothing
+        if ended.reason == "not_answered":  # of a function, unless it is in `missing`
+            stage = missing.get(ended.record.id) or settings.functions[0].name
             answer = "abc " * answer_tokens(settings.policy[0])
             for role in settings.roles:
-                if _STAGES.index(role.name) > _STAGES.index(missing[ended.record.id]):
+                if _STAGES.index(role.name) > _STAGES.index(stage):
                     count(role, *_later(settings, role, ended.record.prompt, answer))
 
     asyncio.run(each_row(settings, iter(source), Requester(settings, store, send), end))

@@ -7,33 +7,44 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from apo_trl.checks.repetition import broken, words
+from apo_trl.checks.rewards import by_kind, completion_text
+
 __all__ = ["INSTRUCTIONS", "revise", "reward"]
 
+_LEAST_WORDS = 3
 
-def reward(completions: Sequence[Any], kind: Sequence[str], argument: Sequence[Any], **columns: Any) -> list[float]:
-    """Return 1.0 for each completion that follows its instruction, else 0.0."""
-    rows = zip(map(_text, completions), kind, argument, strict=True)
-    return [float(INSTRUCTIONS[name][0](text, value)) for text, name, value in rows]
+
+def reward(completions: Sequence[Any], kind: Sequence[Any], argument: Sequence[Any], **columns: Any) -> list[float]:
+    """Return 1.0 for each completion that follows its instruction, as `apo_trl.checks.by_kind` finds, else 0.0.
+
+    It must answer too: with three words beside what the instruction itself demands, and without repeating itself.
+    """
+    followed = by_kind(completions, kind, argument)
+    rows = zip(map(completion_text, completions), kind, argument, followed, strict=True)
+    return [float(bool(score) and _answers(text, name, value)) for text, name, value, score in rows]
 
 
 def revise(
-    completions: Sequence[Any], kind: Sequence[str], argument: Sequence[Any], **columns: Any
+    completions: Sequence[Any], kind: Sequence[Any], argument: Sequence[Any], **columns: Any
 ) -> list[str | None]:
     """Return each completion with the smallest change that makes it follow its instruction.
 
-    The result is None if the completion follows already, or if no small change is enough.
+    The result is None if the completion follows already or is broken, or if no small change is enough.
     """
-    return [_revised(*row) for row in zip(map(_text, completions), kind, argument, strict=True)]
+    return [_revised(*row) for row in zip(map(completion_text, completions), kind, argument, strict=True)]
 
 
-def _text(completion: Any) -> str:
-    return str(completion if isinstance(completion, str) else completion[-1]["content"]).strip()
+def _answers(text: str, kind: str, argument: Any) -> bool:
+    demanded = str(argument) if kind in ("starts_with", "ends_with") else ""
+    return len(words(text)) >= len(words(demanded)) + _LEAST_WORDS and not broken(text)
 
 
 def _revised(text: str, kind: str, argument: Any) -> str | None:
-    follows, change = INSTRUCTIONS[kind]
-    revision = None if follows(text, argument) else change(text, argument)
-    return revision if revision and follows(revision, argument) else None
+    if broken(text) or reward([text], [kind], [argument])[0]:
+        return None
+    revision = INSTRUCTIONS[kind](text.strip(), argument)
+    return revision if revision and reward([revision], [kind], [argument])[0] else None
 
 
 _SENTENCE = re.compile(r"[.!?](?=[\"')]*\s)")
@@ -61,10 +72,10 @@ def _ended(text: str, end: str) -> str:
     return f"{re.sub(near, '', text, flags=re.I).strip()} {end}".strip()
 
 
-INSTRUCTIONS: dict[str, tuple[Callable[[str, Any], bool], Callable[[str, Any], str]]] = {
-    "lowercase": (lambda text, _: text == text.lower(), lambda text, _: text.lower()),
-    "max_words": (lambda text, words: len(text.split()) <= int(words), _shortened),
-    "starts_with": (lambda text, start: text.startswith(start), _begun),
-    "ends_with": (lambda text, end: text.removesuffix(".").endswith(end), _ended),
+INSTRUCTIONS: dict[str, Callable[[str, Any], str]] = {
+    "lowercase": lambda text, _: text.lower(),
+    "max_words": _shortened,
+    "starts_with": _begun,
+    "ends_with": _ended,
 }
-"""The check and the change of each kind, which take a text and the instruction's argument."""
+"""The change of each kind of instruction, which takes a text and the instruction's argument."""

@@ -1,4 +1,4 @@
-"""Which of several answers is best and which worst: by comparisons in both orders, by scores, or by a reward model.
+"""Which of several answers is best and which worst: by comparisons in both orders, or by scores, also of a function.
 
 A win counts only if both orders agree (MT-Bench, arXiv 2306.05685: the order alone decides a third of GPT-4's
 verdicts). Ties, disagreements, unreadable verdicts and failed requests are counted apart, never guessed.
@@ -120,8 +120,8 @@ async def _by_comparisons(
 async def _by_scores(
     asker: Requester, settings: Settings, record: Record, answers: Sequence[Answer], notes: Notes
 ) -> Pair:
-    if settings.scores(settings.judge):
-        results = await gather_all(*(_reward(asker, settings, record, answer.text) for answer in answers))
+    if scored_by := {"reward_model": _reward, "function": _function_score}.get(settings.judge_protocol):
+        results = await gather_all(*(scored_by(asker, settings, record, answer.text) for answer in answers))
     else:
         results = await gather_all(*(_judged(asker, settings, record, "score", answer=item.text) for item in answers))
     notes.setdefault("scores", []).extend(score for score, _ in results)
@@ -139,6 +139,14 @@ async def _reward(asker: Requester, settings: Settings, record: Record, answer: 
     (reply,) = await asker.ask(settings.judge, "reward", messages, row=record.id)
     score = float(reply.text.strip("[]"))
     return (score if math.isfinite(score) else None), ""
+
+
+async def _function_score(
+    asker: Requester, settings: Settings, record: Record, answer: str
+) -> tuple[float | None, str]:
+    score = await asker.call(settings.judge, record, answer)
+    asker.ended(settings.judge, record.id)
+    return score, ""
 
 
 async def _judged(asker: Requester, settings: Settings, record: Record, step: str, **answers: str) -> tuple[Any, str]:

@@ -16,7 +16,7 @@ from apo_trl.pairs.text.filters import RevisionLimits, is_refusal, revision_reas
 from apo_trl.pairs.text.revisions import Malformed, Revision, parse_revision
 from apo_trl.pairs.text.templates import load_template
 
-__all__ = ["make_pair", "own_answers", "sample"]
+__all__ = ["make_pair", "own_answers", "sample", "with_system"]
 
 
 async def make_pair(asker: Requester, settings: Settings, record: Record, notes: Notes) -> Pair:
@@ -46,7 +46,7 @@ async def _judge_then_clair(asker: Requester, settings: Settings, record: Record
 async def _stronger(asker: Requester, settings: Settings, record: Record, notes: Notes) -> Pair:
     role = settings.stronger
     answer = (await own_answers(asker, settings, record, settings.responses))[0]
-    (reply,) = await asker.ask(role, "sample", _with_system(role, record), row=record.id)
+    (reply,) = await asker.ask(role, "sample", with_system(role, record), row=record.id)
     if reply.refused or (not reply.fault and is_refusal(reply.text)):
         raise asker.ended(role, record.id, "stronger_refused")
     if fault := asker.fault(role, record.id, reply):
@@ -88,7 +88,7 @@ async def sample(asker: Requester, role: Role, record: Record, count: int) -> li
     Raises:
         Dropped: No answer is complete, or only one of several.
     """
-    messages = _with_system(role, record)
+    messages = with_system(role, record)
     replies = await asker.ask(role, "sample", messages, row=record.id, samples=range(count))
     texts = [reply.text for reply in replies if not reply.fault]
     if same := len(texts) - len(set(texts)):
@@ -116,11 +116,7 @@ async def _revise(asker: Requester, settings: Settings, record: Record, pair: Pa
 
 
 async def _function_revision(asker: Requester, role: Role, record: Record, answer: str) -> Revision:
-    """Return the revision of a function, which gets one row's columns in TRL's conversational format."""
-    completion = [{"role": "assistant", "content": answer}]
-    text = await asker.call(
-        role, {"prompts": record.prompt, "completions": completion, **record.columns}, row=record.id
-    )
+    text = await asker.call(role, record, answer)
     if text is None:
         asker.ended(role, record.id)
         raise Dropped("no_revision")
@@ -148,7 +144,8 @@ async def _model_revision(asker: Requester, role: Role, record: Record, answer: 
     return revision
 
 
-def _with_system(role: Role, record: Record) -> list[dict[str, Any]]:
+def with_system(role: Role, record: Record) -> list[dict[str, Any]]:
+    """Return the conversation of a row, which begins with the role's system prompt if it has none of its own."""
     if role.system_prompt and record.prompt[0]["role"] != "system":
         return [{"role": "system", "content": role.system_prompt}, *record.prompt]
     return record.prompt

@@ -17,12 +17,13 @@ from apo_trl.io.resources import packaged
 from apo_trl.io.rows import normalise_messages
 from apo_trl.pairs.config.keys import Settings, shard_of
 
-__all__ = ["Answer", "PromptSource", "Record", "read_records"]
+__all__ = ["Answer", "PromptSource", "Record", "columns_of", "read_records"]
 
 _ANSWERS = ("responses", "response", "completions", "completion")
 _IDS = ("id", "prompt_id", "custom_id")
 _CONVERSATION = ("prompt", "messages", *_ANSWERS)
 _FIELDS = (*_CONVERSATION, *_IDS)
+_SET_BY_TRL = ("prompts", "completion_ids", "trainer_state", "log_extra", "log_metric")  # when it calls a function
 
 
 class Answer(NamedTuple):
@@ -35,7 +36,7 @@ class Answer(NamedTuple):
 class Record(NamedTuple):
     """One row: its position, id, conversation and own answers, or its fault and the reason that is counted.
 
-    `columns` has the row's other columns if a function revises, which gets them by name.
+    `columns` has the row's other columns if a function judges or revises, which gets them by name.
     """
 
     position: int
@@ -117,10 +118,7 @@ def _read(row: Any, whole: bool) -> tuple[Any, list[dict[str, Any]], tuple[Answe
         raise row
     if not isinstance(row, Mapping):
         raise _Unusable("is not a JSON object")
-    # Through JSON, as requests are: NaN and half of a surrogate pair are no JSON, a date of Parquet becomes a string.
-    kept = {key: row[key] for key in (row if whole else _FIELDS) if key in row}
-    text = json.dumps(kept, ensure_ascii=False, default=str, skipkeys=True)
-    fields = json.loads(replace_surrogates(text), parse_constant=lambda name: None)
+    fields = _through_json({key: row[key] for key in (row if whole else _FIELDS) if key in row})
     field = "messages" if fields.get("prompt") is None and fields.get("messages") else "prompt"
     prompt, answers = _messages(fields.get(field), field), tuple(_answers(fields))
     if field == "messages" and prompt[-1]["role"] == "assistant":  # a whole conversation ends with the answer
@@ -129,8 +127,23 @@ def _read(row: Any, whole: bool) -> tuple[Any, list[dict[str, Any]], tuple[Answe
     if not prompt or prompt[-1]["role"] == "assistant" or not prompt[-1]["content"].strip():
         raise _Unusable(f"needs a '{field}' that ends with text before the assistant's turn, which is in 'responses'")
     name = next((fields[key] for key in _IDS if fields.get(key) not in (None, "")), "")
-    columns = {key: value for key, value in fields.items() if key not in (*_CONVERSATION, "prompts")}
-    return name, prompt, answers, columns
+    return name, prompt, answers, _without_conversation(fields)
+
+
+def columns_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a row that a function gets by name: those that TRL's trainers would give it."""
+    return _without_conversation(_through_json(row))
+
+
+def _without_conversation(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key not in (*_CONVERSATION, *_SET_BY_TRL)}
+
+
+def _through_json(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row as requests send it: NaN and half of a surrogate pair are no JSON, a date becomes a string."""
+    text = json.dumps(dict(row), ensure_ascii=False, default=str, skipkeys=True)
+    fields: dict[str, Any] = json.loads(replace_surrogates(text), parse_constant=lambda name: None)
+    return fields
 
 
 def _messages(value: Any, field: str) -> list[dict[str, Any]]:

@@ -1,11 +1,11 @@
 """What a recipe trains, and on which pairs, if they are in local files."""
 
-from pathlib import Path
 from typing import Any
 
 from apo_trl.io.resources import find_recipe, read_yaml
+from apo_trl.training.arguments import trl_script
 
-__all__ = ["describe", "is_unpaired", "local_dataset"]
+__all__ = ["describe", "local_dataset"]
 
 
 def describe(name: str) -> dict[str, str]:
@@ -22,13 +22,9 @@ def describe(name: str) -> dict[str, str]:
     }
 
 
-def is_unpaired(path: Path) -> bool:
-    """Return whether a file is for TRL's KTOTrainer, whose settings are of another class."""
-    return not {"kto", "apo_zero_unpaired"}.isdisjoint(_losses(read_yaml(path)))
-
-
 def _losses(config: dict[str, Any]) -> list[str]:
-    losses = config.get("loss_type", "apo_zero")
+    script = trl_script(config)
+    losses = config.get("loss_type", "apo_zero" if script == "dpo" else script)
     return [losses] if isinstance(losses, str) else losses
 
 

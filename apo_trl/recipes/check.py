@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from apo_trl.errors import InputError
 from apo_trl.io.resources import find_recipe, read_yaml
-from apo_trl.recipes.catalog import is_unpaired, local_dataset
+from apo_trl.recipes.catalog import local_dataset
 
 __all__ = ["Finding", "check"]
 
@@ -21,7 +21,7 @@ class Finding(NamedTuple):
 def check(name: str) -> list[Finding]:
     """Find what TRL would refuse or ignore in a file, and what would fail only later."""
     path = find_recipe(name)
-    unpaired, findings = is_unpaired(path), list[Finding]()
+    findings = list[Finding]()
     try:
         if "method" in read_yaml(path):
             _check_pairs_recipe(str(path))
@@ -29,9 +29,9 @@ def check(name: str) -> list[Finding]:
             from apo_trl.training.arguments import parse
 
             # --use_cpu: the run may be on another machine, with a GPU that this one does not have.
-            run, _ = parse(["--config", str(path), "--use_cpu"], unpaired=unpaired)
-            findings += _settings(run, unpaired)
-            findings += [] if unpaired else _data(run)
+            run, _ = parse(["--config", str(path), "--use_cpu"])
+            findings += _settings(run)
+            findings += _data(run) if run.trl_script in ("dpo", "reward") else []
     except ValueError as error:  # InputError, or what TRL's dataclasses raise
         findings.append(Finding("error", str(error)))
     return list(dict.fromkeys(findings))  # two splits may have the same
@@ -47,12 +47,8 @@ def _check_pairs_recipe(path: str) -> None:
     check_templates(parse(path, {}, environment=False))
 
 
-def _settings(run: Any, unpaired: bool) -> Iterator[Finding]:
-    from apo_trl.config import SMOOTHED_LOSSES, loss_names
-    from apo_trl.losses import PER_TOKEN_LOSSES
-
-    training, model, losses = run.training, run.model, loss_names(run.training)
-    names = ", ".join(losses)
+def _settings(run: Any) -> Iterator[Finding]:
+    training, model = run.training, run.model
     for key in ("load_in_4bit", "load_in_8bit"):
         if getattr(model, key) and not model.use_peft:
             yield Finding("error", f"{key}: requires use_peft, quantised weights are not trained. Set use_peft: true.")
@@ -60,12 +56,27 @@ def _settings(run: Any, unpaired: bool) -> Iterator[Finding]:
             yield Finding("error", f"{key}: bitsandbytes not found. Run `pip install 'apo-trl[qlora]'`.")
     if model.use_peft and "lm_head" in (model.lora_target_modules or []):
         yield Finding("error", "lora_target_modules: lm_head is not supported by TRL. Remove it, or set all-linear.")
-    if not unpaired and training.label_smoothing and not SMOOTHED_LOSSES.intersection(losses):
+    size = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    unit = {"dpo": "pairs", "reward": "pairs"}.get(run.trl_script, "answers")
+    yield Finding("note", f"batch: {size} {unit} per step and process.")
+    if run.trl_script == "dpo":
+        yield from _loss(training)
+    else:
+        from apo_trl.training.trl_script import check_rewards
+
+        check_rewards(run)
+
+
+def _loss(training: Any) -> Iterator[Finding]:
+    from apo_trl.config import SMOOTHED_LOSSES, loss_names
+    from apo_trl.losses import PER_TOKEN_LOSSES
+
+    losses = loss_names(training)
+    names = ", ".join(losses)
+    if training.label_smoothing and not SMOOTHED_LOSSES.intersection(losses):
         yield Finding("note", f"label_smoothing: no effect on {names}. Remove it.")
     if (PER_TOKEN_LOSSES - {"ipo"}).intersection(losses) and training.beta < 1:
         yield Finding("note", f"beta: {training.beta:g} is small for {names}, with log-ratios per token. 5 is usual.")
-    size = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    yield Finding("note", f"batch: {size} {'answers' if unpaired else 'pairs'} per step and process.")
 
 
 def _data(run: Any) -> Iterator[Finding]:
@@ -74,12 +85,13 @@ def _data(run: Any) -> Iterator[Finding]:
     from apo_trl.models.loading import load_tokenizer
     from apo_trl.training.script import select_splits
 
-    model, longest, wins = run.model.model_name_or_path, run.training.max_length, "apo_blend" in run.training.loss_type
+    model, longest = run.model.model_name_or_path, run.training.max_length
+    wins = "apo_blend" in getattr(run.training, "loss_type", [])
     tokenizer: Any = None
     if splits := local_dataset(run):
         select_splits(splits, run)
         try:
-            tokenizer = load_tokenizer(model, only_here=True)
+            tokenizer = load_tokenizer(model, only_here=True) if model else None
         except InputError:
             yield Finding("note", f"max_length: not checked, no tokenizer of {model} is here.")
     for split, rows in splits.items():

@@ -1,6 +1,8 @@
 """Arguments of the training script, from the command line and from a YAML file, as TRL's dataclasses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import field, make_dataclass
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -9,7 +11,15 @@ from apo_trl.errors import InputError, nearest
 from apo_trl.io.messages import one_line
 from apo_trl.io.resources import check_path, find_recipe, read_yaml
 
-__all__ = ["Run", "check_paths", "parse", "with_recipe"]
+__all__ = ["Run", "check_paths", "parse", "trl_script", "with_recipe"]
+
+_UNPAIRED = {"kto", "apo_zero_unpaired"}
+_SCRIPT_OF_KEY = {
+    "reward_funcs": "rloo",
+    "reward_model_name_or_path": "rloo",
+    "num_generations": "rloo",
+    "center_rewards_coefficient": "reward",
+}
 
 
 class Run(NamedTuple):
@@ -20,13 +30,29 @@ class Run(NamedTuple):
     model: Any
     mixture: Any
 
+    @property
+    def trl_script(self) -> str:
+        """The script of TRL that trains, "kto", "reward" or "rloo", or "dpo" for ours, which has its keys."""
+        name = type(self.training).__name__.removesuffix("Config").lower()
+        return "dpo" if name == "apo" else name
 
-def parse(arguments: Sequence[str], *, unpaired: bool = False) -> tuple[Run, list[str]]:
+
+def trl_script(values: Mapping[str, Any]) -> str:
+    """Return which script of TRL has the keys of a run: "kto", "reward", "rloo" or "dpo"."""
+    losses = values.get("loss_type") or []
+    if losses and _UNPAIRED.issuperset([losses] if isinstance(losses, str) else losses):
+        return "kto"
+    if values.get("lora_task_type") == "SEQ_CLS":
+        return "reward"
+    return next((script for key, script in _SCRIPT_OF_KEY.items() if key in values), "dpo")
+
+
+def parse(arguments: Sequence[str], *, script: str | None = None) -> tuple[Run, list[str]]:
     """Parse a command line and its `--config` file.
 
     Args:
-        arguments: Keys of `trl dpo` and options of `accelerate launch`; a recipe may come first.
-        unpaired: Whether the settings are those of TRL's `KTOConfig`.
+        arguments: Keys of a script of TRL and options of `accelerate launch`; a recipe may come first.
+        script: The script that has the keys (default: `trl_script` of the arguments).
 
     Returns:
         The run, and the options of `accelerate launch` from both places.
@@ -34,7 +60,7 @@ def parse(arguments: Sequence[str], *, unpaired: bool = False) -> tuple[Run, lis
     Raises:
         InputError: The file cannot be read, a key is unknown, or a value has the wrong type.
     """
-    from trl import DatasetMixtureConfig, KTOConfig, ModelConfig, ScriptArguments, TrlParser
+    from trl import TrlParser
 
     from apo_trl.config import APOConfig
     from apo_trl.config.cpu import adapt_to_cpu
@@ -48,11 +74,16 @@ def parse(arguments: Sequence[str], *, unpaired: bool = False) -> tuple[Run, lis
             adapt_to_cpu(options)
             return options, rest
 
-    dataclasses = (ScriptArguments, KTOConfig if unpaired else APOConfig, ModelConfig, DatasetMixtureConfig)
+    arguments = with_recipe(arguments)
+    script = script or trl_script(_values(arguments))
+    dataclasses = list(import_module(f"trl.scripts.{script}").make_parser().dataclass_types)
+    if script == "dpo":
+        help = {"help": "model to hold the policy to; default: the policy's start"}
+        reference = ("ref_model_name_or_path", str | None, field(default=None, metadata=help))
+        dataclasses[:2] = make_dataclass("ScriptArguments", [reference], bases=(dataclasses[0],)), APOConfig
     parser = Parser(dataclasses, prog="python -m apo_trl.train", allow_abbrev=False)
     for action in parser._actions:  # both spellings are accepted, and the help shows one
         action.option_strings = [option for option in action.option_strings if "-" not in option.lstrip("-")]
-    arguments = with_recipe(arguments)
     launcher = _launcher_options()
     known = {option for action in parser._actions for option in action.option_strings} | {"--config"} | launcher
     if "--config" in arguments:
@@ -96,13 +127,18 @@ def check_paths(arguments: Sequence[str]) -> None:
     from apo_trl.io.readers import check_dataset
     from apo_trl.models.packaged import MODEL_NAME
 
-    config = read_yaml(Path(arguments[arguments.index("--config") + 1])) if "--config" in arguments else {}
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    config |= {word.removeprefix("--"): value for word, value in pairwise(words) if word.startswith("--")}
+    config = _values(arguments)
     if isinstance(name := config.get("dataset_name"), str):
         check_dataset(name)
     if isinstance(name := config.get("model_name_or_path"), str) and name != MODEL_NAME:
         check_path(name, "model_name_or_path", "folder")
+
+
+def _values(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the keys of the `--config` file and of the command line, there with the first word of each value."""
+    config = read_yaml(Path(arguments[arguments.index("--config") + 1])) if "--config" in arguments else {}
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    return config | {word.removeprefix("--"): value for word, value in pairwise(words) if word.startswith("--")}
 
 
 def _launcher_options() -> set[str]:

@@ -21,6 +21,8 @@ __all__ = ["Progress", "show_progress"]
 _EVERY = 30.0  # seconds between the lines of a log file
 _FIGURES = {
     "loss": "loss {:.4f}",
+    "reward": "reward {:.3f}",  # of RLOO
+    "accuracy": "accuracy {:.0%}",  # of a reward model
     "rewards/margins": "reward margin {:+.3f}",
     "apo/chosen_up": "chosen up {:.0%}",
     "apo/displaced": "displaced {:.0%}",

@@ -1,8 +1,9 @@
 """Build the trainer of a run, train, and save."""
 
 import contextlib
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +30,27 @@ def make_trainer(run: Run, trainer_class: Any = None) -> Any:
     """
     from trl import get_peft_config, get_quantization_config
 
-    from apo_trl.models.loading import load_config
+    from apo_trl.models.loading import is_adapter, load_config
     from apo_trl.models.packaged import resolve_model
     from apo_trl.trainer import APOTrainer
 
     script, training, model, _ = run
     name = model.model_name_or_path = resolve_model(model.model_name_or_path or "")
     source = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
-    load_config(name, **source)
+    reference, start = getattr(script, "ref_model_name_or_path", None), {"model": name}
+    if not (continues := is_adapter(name)):
+        load_config(name, **source)
     source |= {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
     training.model_init_kwargs = source | (training.model_init_kwargs or {})
     train_dataset, eval_dataset = select_splits(load_run_dataset(run), run)
     with _library_errors():
+        start |= {"quantization_config": get_quantization_config(model), "peft_config": get_peft_config(model)}
+        if continues or reference:
+            from apo_trl.training.start import load_start
+
+            start = load_start(name, reference, start, training.model_init_kwargs)
         trainer = (trainer_class or APOTrainer)(
-            model=name,
-            args=training,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
+            args=training, train_dataset=train_dataset, eval_dataset=eval_dataset, **start
         )
     trainer.run_record["settings"] = changed_settings(script) | changed_settings(model)
     if data := script.dataset_name:
@@ -78,7 +81,7 @@ def train(run: Run) -> None:
         if exists := Path(output_dir).exists():
             stack.enter_context(lock)
         try:
-            trainer = make_trainer(run)
+            train_from = _prepare(run)
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(" Training had not started. Run the same command again.") from error
         if not exists:  # until here nothing is written
@@ -87,7 +90,19 @@ def train(run: Run) -> None:
             if is_writer:
                 print(start_line(start, output_dir), flush=True)
                 write_older_checkpoints(start, output_dir)
-            _train(trainer, run, start)
+            train_from(start)
+
+
+def _prepare(run: Run) -> Callable[[str | None], None]:
+    """Build what a run needs, and return the function that trains from a checkpoint or from the start."""
+    if run.trl_script != "dpo":
+        from apo_trl.training.trl_script import prepare
+
+        dataset = None if run.mixture.datasets else load_run_dataset(run)
+        if dataset is not None:
+            select_splits(dataset, run)  # raises an error for one that is missing
+        return prepare(run, dataset)
+    return functools.partial(_train, make_trainer(run), run)
 
 
 @contextlib.contextmanager

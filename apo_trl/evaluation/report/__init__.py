@@ -14,21 +14,27 @@ from apo_trl.evaluation.regimes import regime
 from apo_trl.evaluation.report.figures import REWARDS, Panel, all_figures, draw_lines, draw_plane, png, style
 from apo_trl.evaluation.report.page import page
 from apo_trl.evaluation.report.runs import names, read_log, read_run
+from apo_trl.evaluation.report.scores import is_scored, read_scores, scores_page
 from apo_trl.io.files import atomic_write
 
 __all__ = ["draw_report", "report"]
 
 
 def report(runs: Sequence[str], output: str) -> Path:
-    """Write an HTML page that compares training runs, given by their output folders, and return its path.
+    """Write an HTML page that compares training runs, or scores, given by their output folders, and return its path.
 
     The page loads nothing from other files or hosts. Its figures are also written as PNG into `<stem>_figures` beside
     it, instead of those of an earlier report.
     """
-    loaded = [read_run(Path(folder), name) for folder, name in zip(runs, names(runs), strict=True)]
+    path, named = Path(output), [(Path(folder), name) for folder, name in zip(runs, names(runs), strict=True)]
+    if all(is_scored(folder) for folder, _ in named):
+        with atomic_write(path) as beside:
+            text = scores_page([read_scores(*each) for each in named])
+            beside.write_text(text, encoding="utf-8", errors="replace")
+        return path
+    loaded = [read_run(folder, name) for folder, name in named]
     with style():
         figures = all_figures(loaded)
-    path = Path(output)
     _write_pictures(figures, path.with_name(f"{path.stem}_figures"))
     with atomic_write(path) as beside:
         beside.write_text(page(loaded, figures), encoding="utf-8")

@@ -31,7 +31,7 @@ _PART_OF_METHODS = {"policy": "", "reviser": "clair", "judge": "judge", "stronge
 USED = {method: {role for role, part in _PART_OF_METHODS.items() if part in method} for method in METHODS}
 # Other defaults than a role's: the paper's reviser had 4,096 tokens (arXiv 2408.06266, the authors' notebook).
 DEFAULTS: dict[str, Any] = {"policy": {"temperature": 1}, "reviser": {"max_tokens": 4096}, "judge": {"temperature": 0}}
-_Protocol = Literal["pairwise", "pointwise", "reward_model"]
+_Protocol = Literal["pairwise", "pointwise", "reward_model", "function"]
 _KINDS = {int: "INT", float: "FLOAT", bool: "BOOL", list[str]: "LIST", dict[str, Any]: "MAP"}
 _DESCRIBED = {"num_responses", "seed", "judge_protocol", "judge_margin", "max_edit_distance", "max_length_ratio"}
 _DESCRIBED_OF_ROLE = {"temperature", "top_p", "max_tokens", "extra_body", "system_prompt"}
@@ -77,7 +77,7 @@ class Role(_Keys):
 
     name: str
     model: str | None = _key(None, "name at the server, or a folder or hub name")
-    function: str | None = _key(None, "instead: module:function or file.py:function (docs/pairs.md)")
+    function: str | None = _key(None, "module:function or file.py:function, instead of a model (reviser, judge)")
     base_url: str | None = _key(None, "OpenAI-compatible API; without it: in this process")
     api_key_env: str | None = _key(None, "environment variable that holds the key")
     temperature: float | None = _key(0.7, "of sampling; null leaves it out", ge=0)
@@ -135,8 +135,8 @@ class Settings(_Keys):
     max_requests: int | None = _key(None, "over all runs into output_dir; 0: cached replies only", ge=0)
     max_cost: float | None = _key(None, "over all runs into output_dir, in the unit of the prices", ge=0)
     max_failures: int = _key(20, "failures in a row, or first replies dropped alike, that stop", ge=1)
-    judge_protocol: _Protocol = _key("pairwise", "pairwise (both orders), pointwise (scores) or reward_model")
-    judge_margin: float = _key(1.0, "smallest difference of scores that wins", ge=0)
+    judge_protocol: _Protocol = _key("pairwise", "pairwise (both orders), pointwise (scores), reward_model or function")
+    judge_margin: float = _key(1.0, "smallest difference of scores that wins; of a function any", ge=0)
     max_edit_distance: float = _key(0.85, "normalised Levenshtein distance, 0 to 1", ge=0, le=1)
     max_length_ratio: float = _key(2.5, "characters of the longer over the shorter", ge=1)
     tokenizer: str | None = _key(None, "the trained model's: measures pairs in tokens")
@@ -159,8 +159,8 @@ class Settings(_Keys):
 
     @property
     def functions(self) -> list[Role]:
-        """The roles that the method uses and that have a function in the place of a model."""
-        return [self.reviser] if self.reviser.function and "reviser" in USED[self.method] else []
+        """The roles that the method uses and that have a function in the place of a model, in the order of calls."""
+        return [role for role in (self.judge, self.reviser) if role.function and role.name in USED[self.method]]
 
     @property
     def responses(self) -> int:

@@ -17,10 +17,8 @@ from apo_trl.pairs.config.keys import DEFAULTS, METHODS, ROLES, USED, Role, Sett
 __all__ = ["METHODS", "Role", "Settings", "add_arguments", "known_keys", "make_settings", "parse", "unknown_key"]
 
 _MANY = ("model", "base_url", "api_key_env")  # of the policy: one for each of several models
-_NO_KEY = re.compile(
-    ".*_name|(policy|stronger)_template|(reviser|judge)_system_prompt|(policy|judge|stronger)_function"
-)
-_EITHER = {"reviser_model": "function", "reviser_base_url": "function", "reviser_function": "(model|base_url|template)"}
+_NO_KEY = re.compile(".*_name|(policy|stronger)_(template|function)|(reviser|judge)_system_prompt")
+_EITHER = {"model": "function", "base_url": "function", "function": "(model|base_url|template)"}
 _RESERVED = ("model", "temperature", "top_p", "max_tokens", "n", "seed", "messages", "stream")  # written by the run
 _SECRET = re.compile(r"api.?key|secret|password|authorization", re.IGNORECASE)
 _URL = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?(/[^\s?#]*)?")
@@ -28,7 +26,7 @@ _USE_VARIABLE = "Put it into an environment variable, and set ROLE_api_key_env (
 _GROUPS = {  # of the help; other keys of the run are under "prompts and sampling"
     "judge": ("judge_protocol", "judge_margin"),
     "reviser": ("max_edit_distance", "max_length_ratio"),
-    "limits": ("concurrency", "max_requests", "max_cost", "max_failures"),
+    "limits": ("concurrency", "max_requests", "max_cost", "max_failures", "function_timeout"),
     "output": ("output_dir", "tokenizer", "max_length", "eval_sets", "cache_by_url", "shard", "dry_run"),
 }
 _URL_EXAMPLE = "http://127.0.0.1:8000/v1"
@@ -47,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser, keys: Container[str] | None =
     fields = {key: field for key, field in known_keys().items() if keys is None or key in keys}
     groups = {title: parser.add_argument_group(title) for title in ("prompts and sampling", "models", *_GROUPS)}
     roles = [role for role in ROLES if f"{role}_temperature" in fields]
-    groups["models"].description = "ROLE is one of\n" + "\n".join(f"  {role:<8}  {ROLES[role]}" for role in roles)
+    lines = "\n".join(f"  {role:<8}  {ROLES[role]}" for role in roles)
+    groups["models"].description = f"ROLE is one of\n{lines}" if roles else None
     for key in (key for key in Settings.model_fields if key in fields):
         title = next((title for title, part in _GROUPS.items() if key in part), "prompts and sampling")
         _add_argument(groups[title], key, fields[key], _help(fields[key]))
@@ -75,11 +74,16 @@ def _help(field: FieldInfo, name: str = "", roles: Sequence[str] = ("",)) -> str
 def parse(recipe: str, flags: Mapping[str, Any], *, environment: bool = True) -> Settings:
     """Read and check a recipe, a file or a packaged name, with `flags` in place of its values.
 
-    A reviser among the flags replaces the recipe's, also a function a model, or a model a function.
+    A reviser or judge among the flags replaces the recipe's, also a function a model, or a model a function.
     """
-    replaced = re.compile("|".join(f"reviser_{_EITHER[flag]}" for flag in flags if flag in _EITHER) or "-")
-    values = {key: value for key, value in read_yaml(find_recipe(recipe)).items() if not replaced.fullmatch(str(key))}
-    return make_settings(values | dict(flags), environment=environment)
+    values = read_yaml(find_recipe(recipe))
+    given = [(role, name) for role in ("reviser", "judge") for name in _EITHER if f"{role}_{name}" in flags]
+    others = "|".join(f"{role}_{_EITHER[name]}" for role, name in given) or "-"
+    replaced = {key for key in values if re.fullmatch(others, str(key))}
+    if "judge_function" in replaced | flags.keys():
+        replaced.add("judge_protocol")
+    kept = {key: value for key, value in values.items() if key not in replaced}
+    return make_settings(kept | dict(flags), environment=environment)
 
 
 def make_settings(values: Mapping[str, Any], *, environment: bool = True) -> Settings:
@@ -92,7 +96,8 @@ def make_settings(values: Mapping[str, Any], *, environment: bool = True) -> Set
         fields = {"name": role, **DEFAULTS.get(role, {})}
         fields |= {name: values[key] for name in Role.model_fields if (key := f"{role}_{name}") in values}
         roles[role] = _policies(fields) if role == "policy" else _validated(Role, fields, f"{role}_")
-    settings: Settings = _validated(Settings, dict(values) | roles)
+    of_function = {"judge_protocol": "function", "judge_margin": 0.0} if roles["judge"].function else {}
+    settings: Settings = _validated(Settings, of_function | dict(values) | roles)
     _check(settings)
     for model in settings.roles:
         _check_role(model, environment and not settings.dry_run)
@@ -152,12 +157,19 @@ def _check(settings: Settings) -> None:
         )
     if "judge" in USED[method] and settings.responses < 2:
         raise InputError(f"num_responses: must be >= 2 for a judge, got {settings.responses}. Set 2 or more.")
-    for other in ("model", "base_url", "template"):
-        if settings.reviser.function and getattr(settings.reviser, other):
-            raise InputError(f"reviser_function: conflict with reviser_{other}; either revises. Unset one of them.")
+    for role in (settings.reviser, settings.judge):
+        for other in ("model", "base_url", "template"):
+            if role.function and getattr(role, other):
+                raise InputError(f"{role.name}_function: conflict with {role.name}_{other}. Unset one of them.")
+    if "judge" in USED[method] and bool(settings.judge.function) != (settings.judge_protocol == "function"):
+        raise InputError(
+            f"judge_function: requires judge_protocol function, got {settings.judge_protocol}, and vice versa. Set "
+            "judge_function alone."
+        )
     for name in USED[method] - {"policy"}:
         if not (getattr(settings, name).model or getattr(settings, name).function):
-            raise InputError(f"{name}_model: required by {method}, not set. Name {ROLES[name]}.")
+            instead = f", or set {name}_function" if name in ("reviser", "judge") else ""
+            raise InputError(f"{name}_model: required by {method}, not set. Name {ROLES[name]}{instead}.")
     if settings.max_cost is not None and not any(role.input_price or role.output_price for role in settings.roles):
         raise InputError("max_cost: needs prices. Set input_price and output_price of a role.")
 

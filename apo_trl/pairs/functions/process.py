@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
 from apo_trl.errors import InputError
 
-__all__ = ["FunctionProcess", "Outcome", "source_of"]
+__all__ = ["FunctionProcess", "Outcome", "load_function", "source_of"]
 
 _COMMAND = (sys.executable, "-P", "-m", "apo_trl.pairs.functions.worker")
 _LOADING = 120.0  # seconds for the imports of the function's module
@@ -33,10 +34,11 @@ class FunctionProcess:
         function: Its name. Modules and files are found from the current folder.
         kind: "text" or "number", what it returns for a row beside None.
         timeout: Seconds for one call.
+        columns: The columns of all rows. A row that lacks one has None there, as in a dataset.
     """
 
-    def __init__(self, function: str, kind: str, timeout: float) -> None:
-        self._function, self._timeout = function, timeout
+    def __init__(self, function: str, kind: str, timeout: float, columns: Iterable[str] = ()) -> None:
+        self._function, self._timeout, self._columns = function, timeout, tuple(columns)
         self._arguments = (function, kind, str(int(timeout) + 10))
         self._process: asyncio.subprocess.Process | None = None
 
@@ -56,13 +58,14 @@ class FunctionProcess:
     async def _call(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if self._process is None:
             await self._start()
-        columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
+        names = dict.fromkeys(chain(*rows, self._columns))
+        columns = {name: [row.get(name) for row in rows] for name in names}
         try:
             async with asyncio.timeout(self._timeout):
                 return await self._exchange(json.dumps(columns, default=str).encode())
         except TimeoutError:
             problem = f"it returned nothing within {self._timeout:g} seconds (function_timeout)"
-        except (OSError, EOFError):
+        except (OSError, EOFError, ValueError):  # the last: it wrote to a file of the worker
             problem = "it ended its process"
         if (code := await self.close()) not in (0, -signal.SIGKILL):
             problem += f" ({signal.Signals(-code).name})" if code < 0 else f" (exit status {code})"
@@ -79,7 +82,8 @@ class FunctionProcess:
                 reply = await self._exchange()
         if reply.get("source") != source_of(self._function):
             await self.close()
-            raise InputError(f"function: the file of '{self._function}' has changed during the run. Run again.")
+            problem = "has changed during the run" if "source" in reply else "cannot be loaded again"
+            raise InputError(f"function: the file of '{self._function}' {problem}. Run again.")
 
     async def close(self) -> int:
         """Kill the process and those it has started; return its exit status."""
@@ -100,18 +104,27 @@ class FunctionProcess:
         return reply
 
 
-@lru_cache
 def source_of(function: str) -> str:
-    """Return the SHA-256 of the file that defines a function, after loading it in a process. Raises InputError."""
+    """Return the SHA-256 of the file that defines a function. Raises InputError, as `load_function`."""
+    return str(load_function(function)["source"])
+
+
+@lru_cache
+def load_function(function: str) -> dict[str, Any]:
+    """Load a function in a process; return its `source`, the SHA-256 of its file, and the columns that it `needs`.
+
+    Raises:
+        InputError: It cannot be loaded.
+    """
     null = subprocess.DEVNULL
     try:
         done = subprocess.run(
             [*_COMMAND, function, "text", "0"], stdin=null, stdout=subprocess.PIPE, stderr=null, timeout=_LOADING
         )
-        reply = json.loads(done.stdout[8:] or '{"error": "its module ends the process"}')
+        reply: dict[str, Any] = json.loads(done.stdout[8:] or '{"error": "its module ends the process"}')
     except subprocess.TimeoutExpired:
         reply = {"error": f"its module takes more than {_LOADING:g} seconds"}
     if "error" in reply:
         remedy = "Set module:function or file.py:function, and correct what fails."
         raise InputError(f"function: '{function}' cannot be loaded: {reply['error']}. {remedy}")
-    return str(reply["source"])
+    return reply

@@ -3,18 +3,17 @@
 What the function prints is discarded, and so is what it reads.
 """
 
+import asyncio
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import json
-import math
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,9 +21,11 @@ from apo_trl.io.messages import one_line, replace_surrogates
 
 __all__ = ["load", "main", "results_of"]
 
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 
 def main(name: str, kind: str, alarm: int) -> None:
-    """Load a function, write the hash of its file, then the results of each call. A frame is a length and JSON.
+    """Load a function, write its file's hash and its columns, then the results of each call, as a length and JSON.
 
     Args:
         name: As `load` takes it.
@@ -32,15 +33,18 @@ def main(name: str, kind: str, alarm: int) -> None:
         alarm: Seconds after which the system ends this process during a call, if the run itself cannot.
     """
     calls, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    for file in (calls, replies):  # or the run waits for the end of a child that has them
+        os.register_at_fork(after_in_child=file.close)
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
     sys.path.insert(0, os.getcwd())
     try:
         function, source = load(name)
+        needs = _needed_columns(function)
     except BaseException as error:  # importing the user's module may raise anything, or exit
         return _write(replies, {"error": _describe(error)})
-    _write(replies, {"source": source})
+    _write(replies, {"source": source, "needs": needs})
     while size := int.from_bytes(calls.read(8)):
         columns = json.loads(calls.read(size))
         signal.alarm(alarm)
@@ -66,6 +70,12 @@ def load(name: str) -> tuple[Callable[..., Any], str]:
     return function, hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()
 
 
+def _needed_columns(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    named = [each.name for each in parameters if each.default is each.empty and each.kind not in _VARIABLE]
+    return [name for name in named if name not in ("prompts", "completions")]
+
+
 def results_of(function: Callable[..., Any], columns: dict[str, list[Any]], kind: str) -> dict[str, Any]:
     """Call a function with the columns that it takes; return its `results`, each with a problem, or an `error`."""
     rows = len(next(iter(columns.values())))
@@ -74,7 +84,11 @@ def results_of(function: Callable[..., Any], columns: dict[str, list[Any]], kind
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
             columns = {name: values for name, values in columns.items() if name in parameters}
         results = function(**columns)
+        if inspect.iscoroutine(results):  # TRL takes such functions too
+            results = asyncio.run(results)
         results = results.tolist() if hasattr(results, "tolist") else results  # of NumPy or torch
+        if isinstance(results, list | tuple):
+            results = [result.item() if hasattr(result, "item") else result for result in results]
     except BaseException as error:  # the user's function may raise anything, or exit
         return {"error": _describe(error)}
     if not isinstance(results, list | tuple):
@@ -89,7 +103,7 @@ def _checked(result: Any, kind: str) -> tuple[Any, str]:
         return None, ""
     if kind == "text" and isinstance(result, str):
         return replace_surrogates(result), ""
-    if kind == "number" and isinstance(result, Real) and math.isfinite(result):
+    if kind == "number" and isinstance(result, int | float) and abs(result) <= sys.float_info.max:
         return float(result), ""
     shown = str(result) if isinstance(result, float) else type(result).__name__
     return None, f"it returned {shown} and not {'a string' if kind == 'text' else 'a finite number'} or None"

@@ -11,6 +11,7 @@ from apo_trl.pairs.config.settings import Role, Settings
 from apo_trl.pairs.functions.process import Outcome, source_of
 from apo_trl.pairs.llm.reply import Reply, read_reply
 from apo_trl.pairs.llm.response_cache import ResponseCache, reply_key
+from apo_trl.pairs.prompts import Record
 from apo_trl.pairs.text.reasons import remedy
 
 __all__ = [
@@ -111,13 +112,17 @@ class Requester:
         self.thoughts.update(role.name for reply in replies if reply.thoughts)
         return replies
 
-    async def call(self, role: Role, columns: dict[str, Any], *, row: str) -> Any:
-        """Return what the function of a role returns for a row, from the cache if function and columns are the same.
+    async def call(self, role: Role, record: Record, answer: str) -> Any:
+        """Return what the function of a role returns for an answer and the row's columns, in TRL's format of messages.
+
+        The result comes from the cache if the function's file and what it gets are the same.
 
         Raises:
             Dropped: The function failed, which is not cached.
         """
-        function = str(role.function)
+        row, function = record.id, str(role.function)
+        completion = [{"role": "assistant", "content": answer}]
+        columns = {"prompts": record.prompt, "completions": completion, **record.columns}
         key = reply_key(step="function", function=function, source=source_of(function), columns=columns)
         self._used[row].append(key)
         if (cached := self._store.reply(key)) is not None:

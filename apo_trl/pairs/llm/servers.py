@@ -6,7 +6,8 @@ Of a server's optional features only `n` and `seed` are used; a probe finds out 
 import asyncio
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from apo_trl.pairs.config.settings import Role, Settings
@@ -26,9 +27,11 @@ _REFUSED = (400, 404, 413, 415, 422)
 
 
 class Servers:
-    """The models of a recipe's roles. To be closed."""
+    """The models and functions of a recipe's roles, which get the `columns` of the prompts. To be closed."""
 
-    def __init__(self, settings: Settings, store: ResponseCache, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, settings: Settings, store: ResponseCache, say: Callable[[str], None], columns: Iterable[str] = ()
+    ) -> None:
         self.limits = Budget(settings, store)
         self._settings, self._store, self._say = settings, store, say
         self._secrets = [role.api_key for role in settings.roles if role.api_key_env]
@@ -40,10 +43,12 @@ class Servers:
         self.requester = Requester(settings, store, self.send, self.call)
         self._backends: dict[Any, Any] = {}
         self._probes: dict[Role, asyncio.Task[Features]] = {}
-        self._processes = {
-            role: FunctionProcess(str(role.function), "text", settings.function_timeout) for role in settings.functions
-        }
-        self._calls = {role: Batcher(process.call, role.batch_size) for role, process in self._processes.items()}
+        self._processes = {}
+        self._calls = {}
+        for role in settings.functions:
+            kind = "number" if role.name == "judge" else "text"
+            self._processes[role] = FunctionProcess(str(role.function), kind, settings.function_timeout, columns)
+            self._calls[role] = Batcher(partial(self._call_batch, self._processes[role]), role.batch_size)
 
     @property
     def notes(self) -> dict[str, str]:
@@ -61,13 +66,20 @@ class Servers:
         outcome: Outcome = await self._calls[role].result(columns)
         return outcome
 
+    async def _call_batch(self, process: FunctionProcess, rows: list[dict[str, Any]]) -> list[Outcome]:
+        self._stop_if_unusable()
+        return await process.call(rows)
+
+    def _stop_if_unusable(self) -> None:
+        if message := self.requester.unusable():
+            raise self.limits.give_up(message)
+
     async def send(self, requests: list[Request]) -> Mapping[str, Any]:
         """Get completions for samples of one prompt, see `requests.Send`."""
         role = requests[0].role
         if self._settings.max_requests == 0:
             raise Dropped("not_answered")
-        if message := self.requester.unusable():
-            raise self.limits.give_up(message)
+        self._stop_if_unusable()
         if role not in self._probes:
             self._probes[role] = asyncio.create_task(self._probe(role))
         features = await asyncio.shield(self._probes[role])

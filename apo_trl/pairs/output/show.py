@@ -71,6 +71,8 @@ def _rows(base: sqlite3.Connection, where: tuple[str, tuple[str, ...]], limit: i
 
 
 def _raw(body: Any) -> str:
+    if isinstance(body, list):  # of a function
+        body = {"choices": [{"message": {"content": str(body[0])}, "finish_reason": "stop"}]}
     choice, *_ = [*choices_of(body), {}]
     content = choice.get("message", {}).get("content")
     plain = isinstance(content, str) and choice.get("finish_reason") == "stop"

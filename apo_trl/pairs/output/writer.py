@@ -23,7 +23,7 @@ from apo_trl.pairs.output.parquet import to_parquet
 from apo_trl.pairs.statistics.overlap import EvalSets, prompt_text
 from apo_trl.pairs.statistics.statistics import Statistics
 
-__all__ = ["Result", "judged_summary", "write"]
+__all__ = ["Result", "functions_used", "judged_summary", "write"]
 
 _FILES = ("pairs.jsonl", "pairs.parquet", "report.json", "README.md")
 
@@ -81,14 +81,7 @@ def write(
             "repairs": {role: count for role, count in repairs.items() if count},
             "contrast": contrast,
             "settings": settings.described(),
-            "functions": {
-                role.name: {
-                    "function": role.public_model,
-                    "source": source_of(str(role.function)),
-                    "results": store.results(role.name),
-                }
-                for role in settings.functions
-            },
+            "functions": functions_used(settings, store),
             **({"judge": judged} if judged else {}),
             **({"overlap": _by_file_name(overlap.summary())} if settings.eval_sets else {}),
         }
@@ -98,6 +91,18 @@ def write(
         with _text_file(readme) as file:
             file.write(card(report, example, parquet.stat().st_size))
     return Result(folder, report, stopped, broken)
+
+
+def functions_used(settings: Settings, store: ResponseCache) -> dict[str, dict[str, Any]]:
+    """Return the function of each role that has one: its name, the SHA-256 of its file, and its results of all runs."""
+    return {
+        role.name: {
+            "function": role.public_model,
+            "source": source_of(str(role.function)),
+            "results": store.results(role.name),
+        }
+        for role in settings.functions
+    }
 
 
 def _text_file(path: Path) -> TextIO:

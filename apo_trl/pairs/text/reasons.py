@@ -36,7 +36,7 @@ REASONS = {
     },
     **{name: (why, _REVISIONS[name]) for name, why in REVISION_REASONS.items()},
     "judge_invalid": (
-        "the judge gave no readable verdict, even after a repair request",
+        "the judge gave no readable verdict or score, even after a repair request",
         "Raise judge_max_tokens, or set another judge_model.",
     ),
     "tie": (
@@ -48,7 +48,10 @@ REASONS = {
         "the reviser's reply has no clear revision, even after a repair request",
         "Set a reviser_model that writes the tags of reviser_template, or raise reviser_max_tokens.",
     ),
-    "reviser_failed": ("the function failed on the row", "Correct reviser_function, which gets such rows again."),
+    **{
+        f"{role}_failed": ("the function failed on the row", f"Correct {role}_function, which gets such rows again.")
+        for role in ("reviser", "judge")
+    },
     "no_revision": ("the reviser's function returned None: it has nothing to revise, or cannot", "Set more prompts."),
     "stronger_refused": ("the stronger model refuses to answer", "Set another stronger_model."),
     "identical": ("chosen and rejected are the same", "Raise policy_temperature."),
@@ -71,12 +74,18 @@ WAITING = frozenset(name for name in REASONS if name.endswith("_error")) | {"not
 def remedy(reason: str, settings: Settings) -> str:
     """Return the remedy of a reason, with the present values of its settings: "Raise max_length (now 512)"."""
     values = settings.model_dump(exclude={"policy", "reviser", "judge", "stronger"})
-    for role in reversed(settings.roles):  # of several policies, the first
+    text = REASONS[reason][1]
+    for role in settings.functions:
+        text = text.replace(f"{role.name}_model", f"{role.name}_function")
+        if re.search(f"{role.name}_(template|max_tokens|temperature)", text):
+            text = f"Correct {role.name}_function."
+    for role in reversed([*settings.roles, *settings.functions]):  # of several policies, the first
         own = role.model_dump() | {"model": role.public_model, "template": Path(role.template or "packaged").name}
+        own |= {"function": role.public_model} if role.function else {}
         values |= {f"{role.name}_{name}": value for name, value in own.items()}
 
     def with_value(match: re.Match[str]) -> str:
         value = values.get(match[0], match)
         return match[0] if value is match else f"{match[0]} (now {'null' if value is None else value})"
 
-    return re.sub(r"\b[a-z]+_[a-z_]+\b", with_value, REASONS[reason][1])
+    return re.sub(r"\b[a-z]+_[a-z_]+\b", with_value, text)

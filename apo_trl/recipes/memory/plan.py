@@ -86,6 +86,9 @@ def from_recipe(run: Any, **sharding: Any) -> Plan:
     from apo_trl.models.loading import load_config
 
     training, model = run.training, run.model
+    if run.trl_script in ("reward", "rloo"):
+        fault = f"plan: not supported for TRL's {run.trl_script} script, which has other models in memory"
+        raise InputError(f"{fault}. docs/rlhf.md lists them; plan an APO recipe of the same size, and add those.")
     code = training.trust_remote_code
     config = load_config(model.model_name_or_path, revision=model.model_revision, trust_remote_code=code)
     if training.max_length is None:

@@ -1,0 +1,1 @@
+"""On-policy rounds: the policy answers, pairs are built, the policy trains, the result is scored and answers next."""

@@ -1,0 +1,71 @@
+"""The page over all rounds, and `summary.json` with the same figures."""
+
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+
+from apo_trl.errors import InputError
+from apo_trl.evaluation import report
+from apo_trl.evaluation.report.figures import png, style
+from apo_trl.io.files import atomic_write, read_json, write_json
+
+__all__ = ["disk_use", "write_page"]
+
+
+def write_page(folder: Path, rounds: int) -> Path:
+    """Write `rounds.html` and `summary.json` from the files of the rounds, and return the page's path."""
+    rows = [_round(folder / f"round-{number}", number) for number in range(rounds + 1)]
+    summary = {"rounds": rows, "bytes": disk_use(folder)}
+    write_json(folder / "summary.json", summary)
+    kinds = sorted({kind for row in rows for kind in row["kinds"]})
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    css = Path(str(report.__file__)).with_name("page.css").read_text(encoding="utf-8")
+    html = environment.get_template("page.html.jinja").render(
+        rows=rows, kinds=kinds, css=css, name=folder.resolve().name, version=version("apo-trl"), size=summary["bytes"],
+        picture=b64encode(_figure(rows)).decode(),
+    )  # fmt: skip
+    path = folder / "rounds.html"
+    with atomic_write(path) as beside:
+        beside.write_text(html, encoding="utf-8")
+    return path
+
+
+def disk_use(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _round(folder: Path, number: int) -> dict[str, Any]:
+    score = read_json(folder / "score" / "score.json")
+    if not isinstance(score, dict) or score.get("followed") is None:
+        remedy = f"See {folder}/score.log, remove {folder}/score.json, and run again"
+        raise InputError(f"{folder}/score/score.json: damaged, or no answer has a score. {remedy}.")
+    row: dict[str, Any] = {"round": number, "followed": score["followed"], "kinds": {}}
+    row["kinds"] = {kind: part["followed"] for kind, part in score["by_kind"].items()}
+    row |= {"broken": score["broken"], "words": score["words"]}
+    if number:
+        row["pairs"] = read_json(folder / "pairs" / "report.json")["kept"]
+        log = read_json(folder / "policy" / "trainer_state.json")["log_history"]
+        row["displaced"] = next((entry["apo/displaced"] for entry in reversed(log) if "apo/displaced" in entry), None)
+    markers = [read_json(folder / f"{name}.json") for name in ("pairs", "train", "merge", "score")]
+    row["seconds"] = round(sum(marker["seconds"] for marker in markers if marker), 1)
+    return row
+
+
+def _figure(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    with style():
+        from matplotlib.figure import Figure
+
+        figure = Figure()
+        axes = figure.subplots()
+        numbers, shares = [row["round"] for row in rows], [row["followed"] for row in rows]
+        reach = [[each[0] - each[1] for each in shares], [each[2] - each[0] for each in shares]]
+        axes.errorbar(numbers, [each[0] for each in shares], yerr=reach, marker="o", capsize=4, label="followed")
+        axes.plot(numbers, [row["broken"] for row in rows], "s--", color="#6E6E6E", label="broken")
+        axes.set(xlabel="round", ylabel="share of held-out prompts", ylim=(0, 1), xticks=numbers)
+        axes.legend()
+        return png(figure)

@@ -1,0 +1,205 @@
+"""Run the rounds: one process for each stage, a marker at its end, and what only earlier rounds needed removed."""
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from apo_trl.errors import InputError
+from apo_trl.io.files import atomic_write, read_json, write_json
+from apo_trl.io.readers import read_rows
+from apo_trl.io.resources import packaged
+from apo_trl.models.merge import DTYPES
+from apo_trl.pairs.config.settings import make_settings
+from apo_trl.rounds.page import write_page
+from apo_trl.rounds.processes import Server, run_command
+from apo_trl.rounds.settings import Settings, keep_settings
+from apo_trl.training.lock import output_lock
+
+__all__ = ["check", "run_rounds"]
+
+
+def run_rounds(settings: Settings) -> Path:
+    """Run all rounds, or resume, and return the path of the page over them.
+
+    Raises:
+        InputError: Settings are invalid or have changed, a command failed, or another run uses the folder.
+    """
+    folder = Path(settings.output_dir)
+    with output_lock(folder):
+        keep_settings(settings, folder)
+        check(settings)
+        run = _Rounds(settings, folder)
+        try:
+            run.all()
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(" Run the same command again to resume.") from error
+        finally:
+            run.stop()
+        return write_page(folder, settings.rounds)
+
+
+def check(settings: Settings) -> None:
+    """Check the sections for `pairs build` and `train` before the first process starts."""
+    policy = {"policy_model": settings.model_name_or_path, "output_dir": settings.output_dir}
+    try:
+        make_settings(settings.pairs | policy)
+    except InputError as error:
+        raise InputError(f"pairs.{error}") from error
+    from apo_trl.training.arguments import parse
+
+    path = Path(settings.output_dir, "train.yaml")
+    values = settings.train | {"model_name_or_path": settings.model_name_or_path, "output_dir": settings.output_dir}
+    _write_yaml(path, values)
+    try:
+        parse(["--config", str(path), "--use_cpu"])  # not to take memory of a GPU
+    finally:
+        path.unlink()
+
+
+class _Rounds:
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings, self.folder = settings, folder
+        self._server: Server | None = None
+        if settings.policy_serve is not None:
+            self._server = Server(settings.policy_serve, settings.policy_serve_timeout, folder / "serve.log")
+        round_of = ["pairs", "train", *["merge"] * settings.merges, "score"]
+        self._left = ["score", *round_of * settings.rounds]
+        self._seconds: dict[str, list[float]] = {}
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+
+    def all(self) -> None:
+        for number in range(self.settings.rounds + 1):
+            self._folder(number).mkdir(exist_ok=True)
+            for name in ("pairs", "train", *["merge"] * self.settings.merges, "score") if number else ("score",):
+                self._stage(number, name)
+            self._tidy(number)
+
+    def _folder(self, number: int) -> Path:
+        return self.folder / f"round-{number}"
+
+    def _model(self, number: int) -> str:
+        """Return the model that answers at the end of a round."""
+        if not number:
+            return self.settings.model_name_or_path
+        return str(self._folder(number) / ("merged" if self.settings.merges else "policy"))
+
+    def _trained(self, number: int) -> str:
+        """Return the model or adapter that the next round trains."""
+        goes_on = number and self.settings.adapter == "continue"
+        return str(self._folder(number) / "policy") if goes_on else self._model(number)
+
+    def _stage(self, number: int, name: str) -> None:
+        folder, field = self._folder(number), f"round {number}, {name}"
+        marker = folder / f"{name}.json"
+        done = read_json(marker)
+        if done is None:
+            print(f"Round {number} of {self.settings.rounds}: {name} ...", flush=True)
+            started = time.monotonic()
+            values, arguments = getattr(self, f"_{name}")(number)
+            run_command(arguments, folder / f"{name}.log", field)
+            if name == "pairs" and not read_json(folder / "pairs" / "report.json")["complete"]:
+                log = folder / "pairs.log"
+                raise InputError(f"{field}: some requests failed. See {log}, and run the same command again.")
+            done = {"seconds": round(time.monotonic() - started, 1), "settings": values}
+            write_json(marker, done)
+            self._left.remove(name)
+            self._seconds.setdefault(name, []).append(done["seconds"])
+            print(f"  {_minutes(done['seconds'])}{self._time_left()}", flush=True)
+        else:
+            self._left.remove(name)
+            self._seconds.setdefault(name, []).append(done["seconds"])
+        if name == "train":
+            for checkpoint in (folder / "policy").glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+
+    def _time_left(self) -> str:
+        if not self._left or not self._seconds.keys() >= {*self._left}:
+            return ""
+        means = {name: sum(each) / len(each) for name, each in self._seconds.items()}
+        return f"; about {_minutes(sum(means[name] for name in self._left))} left"
+
+    def _policy(self, number: int) -> dict[str, str]:
+        model = self._model(number)
+        return {"model": model} | ({"base_url": self._server.url(model)} if self._server is not None else {})
+
+    def _pairs(self, number: int) -> tuple[dict[str, Any], list[str]]:
+        settings, folder = self.settings, self._folder(number)
+        values = settings.pairs | {"output_dir": str(folder / "pairs"), "seed": settings.seed + number}
+        if settings.prompts_per_round is not None:
+            values["prompts"] = str(self._prompts(number, settings.prompts_per_round))
+        values |= {f"policy_{key}": value for key, value in self._policy(number - 1).items()}
+        _write_yaml(folder / "pairs.yaml", values)
+        return values, ["pairs", "build", str(folder / "pairs.yaml")]
+
+    def _prompts(self, number: int, count: int) -> Path:
+        """Write the prompts of a round: the next ones of all, in a random order, and again from the first."""
+        name = str(self.settings.pairs["prompts"])
+        rows = list(read_rows(str(packaged(name) or name), str(self.settings.pairs.get("prompts_split", "train"))))
+        random.Random(self.settings.seed).shuffle(rows)
+        first = (number - 1) * count
+        chosen = [rows[index % len(rows)] for index in range(first, first + min(count, len(rows)))]
+        path = self._folder(number) / "prompts.jsonl"
+        with atomic_write(path) as beside:
+            beside.write_text("".join(json.dumps(row, default=str) + "\n" for row in chosen), encoding="utf-8")
+        return path
+
+    def _train(self, number: int) -> tuple[dict[str, Any], list[str]]:
+        self.stop()  # the memory is the training's
+        settings, folder = self.settings, self._folder(number)
+        values = settings.train | {
+            "model_name_or_path": self._trained(number - 1),
+            "dataset_name": str(folder / "pairs"),
+            "output_dir": str(folder / "policy"),
+            "resume_from_checkpoint": True,
+        }
+        if settings.reference == "first_model" and number > 1:
+            values["ref_model_name_or_path"] = settings.model_name_or_path
+        _write_yaml(folder / "train.yaml", values)
+        return values, ["train", str(folder / "train.yaml")]
+
+    def _merge(self, number: int) -> tuple[dict[str, Any], list[str]]:
+        folder, dtype = self._folder(number), str(self.settings.train.get("dtype", "float32"))
+        shutil.rmtree(folder / "merged", ignore_errors=True)  # of a run that was killed before the marker
+        arguments = ["merge", str(folder / "policy"), "--output_dir", str(folder / "merged")]
+        arguments += ["--dtype", dtype] if dtype in DTYPES else []  # not rounded below what training computes in
+        return {"adapter": arguments[1], "dtype": dtype}, arguments
+
+    def _score(self, number: int) -> tuple[dict[str, Any], list[str]]:
+        values = self.settings.score | {"output_dir": str(self._folder(number) / "score")}
+        policy = self._policy(number)
+        values |= {"model": policy["model"]}
+        values |= {"policy_base_url": policy["base_url"]} if "base_url" in policy else {}
+        words: list[str] = []
+        for key, value in values.items():
+            texts = [value if isinstance(value, str) else json.dumps(value)] if not isinstance(value, list) else value
+            words += [f"--{key}", *map(str, texts)]
+        return values, ["score", *words]
+
+    def _tidy(self, number: int) -> None:
+        """Remove weights that no later round reads; logs and pairs stay."""
+        merged_in = self.settings.adapter == "merge" and self.settings.merges
+        for other in range(1, number + 1):
+            folder, is_last = self._folder(other), other == number
+            if not is_last and (self.settings.keep == "last" or self.settings.adapter == "continue"):
+                shutil.rmtree(folder / "merged", ignore_errors=True)
+            if self.settings.keep == "last" and (merged_in or not is_last):
+                for pattern in ("*.safetensors", "*.bin", "*.safetensors.index.json"):
+                    for path in (folder / "policy").glob(pattern):
+                        path.unlink()
+
+
+def _write_yaml(path: Path, values: dict[str, Any]) -> None:
+    with atomic_write(path) as beside:
+        beside.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

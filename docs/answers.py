@@ -1,0 +1,406 @@
+"""Does the model answer better? The paper's comparison with verifiers in the place of a judge: docs/answers.md.
+
+    python docs/answers.py                       every run that is not stored yet, then figures and tables
+    python docs/answers.py --draw                figures and tables from docs/evidence/answers.json alone
+    python docs/answers.py --fresh               forget what is stored, and do all of it anew
+    python docs/answers.py --only instructions   the runs whose name contains the text
+
+SmolLM2-135M-Instruct on two CPU cores: two processes with one thread each. LoRA (rank 16, all linear layers, bfloat16
+base), 16 steps of 8 pairs, once through 128 pairs. The answers to the held-out prompts are greedy, in float32.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a process each core
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from answers_data import OFF_POLICY, PAIRS, SAMPLES, SETS, clair, load_task, mixture
+
+STORE = Path(__file__).parent / "evidence" / "answers.json"
+SAMPLED = Path(os.environ.get("APO_TRL_ANSWERS", tempfile.gettempdir())) / "apo-trl-answers"  # remade if missing
+
+MODEL = "SmolLM2-135M-Instruct"
+TASKS = ("instructions", "notes")
+SEEDS = (0, 1, 2)
+STEPS, BATCH = PAIRS // 8, 8
+RATE, BETA, RANK = 2e-4, 0.1, 16
+KL_PROMPTS = 24
+LOSSES = {"APO-zero": "apo_zero", "APO-down": "apo_down", "DPO": "sigmoid"}
+SHARES = (0, 25, 50, 75, 100)
+
+
+def planned() -> list[dict]:
+    """Every run, the ones that decide most first: each seed is a whole table."""
+    runs = [{"task": task, "data": "none", "method": "before", "seed": 0} for task in TASKS]
+    for seed in SEEDS:
+        for task in TASKS:
+            at = {"task": task, "seed": seed}
+            runs += [at | {"data": data, "method": loss} for loss in LOSSES.values() for data in SETS]
+            runs += [at | {"data": "clair", "method": method} for method in ("sft", "apo_zero_norm", "apo_blend")]
+            runs += [at | {"data": "verifier", "method": "rloo"}, at | {"data": "reward model", "method": "rloo"}]
+            runs += [at | {"data": "clair", "method": "rounds"}]
+            runs += [at | {"data": "clair", "method": "apo_zero", "steps": 3 * STEPS}]
+        runs += [
+            {"task": "instructions", "data": f"{share} %", "method": loss, "seed": seed}
+            for share in SHARES
+            for loss in ("apo_zero", "apo_down", "apo_blend")
+        ]
+    return runs
+
+
+@lru_cache
+def model_folder() -> str:
+    from apo_trl.models.packaged import resolve_model
+
+    return str(resolve_model(MODEL))
+
+
+def answer(folder: str, prompts: list[str], *, temperature: float, max_tokens: int, seed: int) -> tuple[list[str], int]:
+    """Return the answer to each prompt, and the number of generated tokens."""
+    from apo_trl.pairs.llm.in_process import Generator
+
+    generator = Generator(folder, batch_size=48)
+    bodies = [
+        {
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+            "seed": seed + number,
+        }
+        for number, prompt in enumerate(prompts)
+    ]
+    replies = list(generator.answer(bodies))
+    texts = [reply["choices"][0]["message"]["content"] or "" for reply in replies]
+    return texts, sum(reply["usage"]["completion_tokens"] for reply in replies)
+
+
+def sample(task_name: str, part: int) -> Path:
+    """Sample one answer to every prompt to train on, if it is not there; the last ones are off-policy."""
+    path = SAMPLED / f"{task_name}-{part}.json"
+    if not path.exists():
+        task = load_task(task_name)
+        temperature = 0.8 if part < SAMPLES else 1.3
+        prompts = [row["prompt"] for row in task.train]
+        found = answer(
+            model_folder(), prompts, temperature=temperature, max_tokens=task.max_tokens, seed=1_000_000 * (part + 1)
+        )
+        SAMPLED.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".new").write_text(json.dumps(found), encoding="utf-8")
+        path.with_suffix(".new").replace(path)
+    return path
+
+
+def samples(task_name: str) -> dict[str, list[str]]:
+    texts = [json.loads(sample(task_name, part).read_text(encoding="utf-8"))[0] for part in range(SAMPLES + OFF_POLICY)]
+    ids = [row["id"] for row in load_task(task_name).train]
+    return {name: list(row) for name, row in zip(ids, zip(*texts, strict=True), strict=True)}
+
+
+def sampled_tokens(task_name: str, data: str, share: float) -> int:
+    """Count the tokens that were sampled for a set: of all prompts, as far as the set needed them."""
+    parts = {"on-policy": range(SAMPLES), "off-policy": range(SAMPLES, SAMPLES + OFF_POLICY)}.get(data, range(1))
+    tokens = sum(json.loads(sample(task_name, part).read_text(encoding="utf-8"))[1] for part in parts)
+    return round(tokens * min(1.0, share))
+
+
+def pairs_of(task_name: str, data: str, seed: int) -> list[dict]:
+    task = load_task(task_name)
+    if data.endswith("%"):
+        return mixture(task, samples(task_name), seed, int(data.split()[0]))
+    return SETS[data](task, samples(task_name), seed)
+
+
+def _common(folder: str, seed: int, steps: int, rate: float = RATE) -> dict:
+    return {
+        "output_dir": folder, "learning_rate": rate, "seed": seed, "max_steps": steps,
+        "per_device_train_batch_size": BATCH, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2,
+        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no",
+        "logging_steps": 1, "disable_tqdm": True,
+    }  # fmt: skip
+
+
+def _lora(**more):
+    from peft import LoraConfig
+
+    wanted = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return LoraConfig(**wanted | more)
+
+
+def _run(trainer) -> list[dict]:
+    """Train without printing, and return the logs."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer.state.log_history
+
+
+def train_pairs(model: str, pairs: list[dict], method: str, seed: int, steps: int, folder: str) -> dict:
+    """Train on pairs with a loss of APOTrainer, or on the chosen answers with SFTTrainer; save the merged model."""
+    import torch
+    from datasets import Dataset
+
+    torch.manual_seed(seed)
+    columns = ("prompt", "chosen", "rejected", *(["chosen_wins"] if method == "apo_blend" else []))
+    rows = [{"chosen_wins": 1.0} | pair for pair in pairs]
+    dtype = {"model_init_kwargs": {"dtype": "bfloat16"}}
+    if method == "sft":
+        from trl import SFTConfig, SFTTrainer
+
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+        config = SFTConfig(**_common(folder, seed, steps), **dtype)
+        trainer = SFTTrainer(model, config, train_dataset=Dataset.from_list(rows), peft_config=_lora())
+    else:
+        from apo_trl import APOConfig, APOTrainer
+
+        beta = BETA * _mean_tokens(pairs) if method.endswith("_norm") else BETA
+        rows = [{name: row[name] for name in columns} for row in rows]
+        config = APOConfig(**_common(folder, seed, steps), **dtype, loss_type=method, beta=beta, max_length=1024)
+        trainer = APOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), peft_config=_lora())
+    logs = _run(trainer)
+    names = [key for entry in logs for key in entry if key.endswith("displaced")]
+    displaced = [entry[names[0]] for entry in logs if names and names[0] in entry]
+    return _saved(trainer, folder) | {
+        "displaced": round(statistics.fmean(displaced[-(len(displaced) // 2) :]), 3) if displaced else None
+    }
+
+
+def _mean_tokens(pairs: list[dict]) -> float:
+    """Tokens of a chosen answer on average; a word is about 1.4 of SmolLM2's tokens."""
+    return 1.4 * statistics.fmean(len(pair["chosen"][0]["content"].split()) for pair in pairs)
+
+
+def _saved(trainer, folder: str) -> dict:
+    """Save the adapter, merged into float32 weights, as the model that answers and that a next round starts from."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    trainer.save_model(f"{folder}/adapter")
+    start = trainer.model.get_base_model().config._name_or_path
+    base = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, f"{folder}/adapter").merge_and_unload()
+    merged.save_pretrained(f"{folder}/merged")
+    trainer.processing_class.save_pretrained(f"{folder}/merged")
+    return {"folder": f"{folder}/merged"}
+
+
+def train_rloo(task_name: str, reward, tokens: int, seed: int, folder: str) -> dict:
+    """Train with TRL's RLOO until as many tokens are sampled as the pairs needed; `reward`: a function or a model."""
+    import torch
+    from datasets import Dataset
+    from trl import RLOOConfig, RLOOTrainer
+
+    task = load_task(task_name)
+    torch.manual_seed(seed)
+    per_step, group = 32, 4
+    steps = max(1, round(tokens / (per_step * 0.75 * task.max_tokens)))
+    rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in task.train]
+    config = RLOOConfig(
+        **_common(folder, seed, steps, rate=RLOO_RATE) | {"per_device_train_batch_size": per_step},
+        num_generations=group, max_completion_length=task.max_tokens, temperature=1.0, beta=0.05,
+        model_init_kwargs={"dtype": "bfloat16"},
+    )  # fmt: skip
+    dataset = Dataset.from_list(rows)
+    trainer = RLOOTrainer(model_folder(), reward, config, train_dataset=dataset, peft_config=_lora())
+    logs = _run(trainer)
+    means = [entry["reward"] for entry in logs if "reward" in entry]
+    lengths = [entry["completions/mean_length"] for entry in logs if "completions/mean_length" in entry]
+    return _saved(trainer, folder) | {
+        "steps": steps, "rewards": [round(value, 3) for value in means], "tokens": round(sum(lengths) * per_step),
+    }  # fmt: skip
+
+
+RLOO_RATE = 2e-4
+
+
+def train_reward_model(pairs: list[dict], seed: int, folder: str) -> tuple[str, float]:
+    """Train TRL's reward model on pairs; return its merged folder and the accuracy of the last half of its steps."""
+    import torch
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    torch.manual_seed(seed)
+    rows = [{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in pairs]
+    config = RewardConfig(**_common(folder, seed, STEPS), model_init_kwargs={"dtype": "float32"})
+    lora = _lora(task_type="SEQ_CLS", modules_to_save=["score"])
+    trainer = RewardTrainer(model_folder(), config, train_dataset=Dataset.from_list(rows), peft_config=lora)
+    logs = _run(trainer)
+    merged = trainer.model.merge_and_unload()
+    merged.save_pretrained(f"{folder}/reward")
+    trainer.processing_class.save_pretrained(f"{folder}/reward")
+    accuracies = [entry["accuracy"] for entry in logs if "accuracy" in entry]
+    return f"{folder}/reward", round(statistics.fmean(accuracies[len(accuracies) // 2 :]), 3)
+
+
+def note_reward_function(task_name: str):
+    """Return the verifier for TRL's trainers, which give completions as messages."""
+    task = load_task(task_name)
+
+    def reward(completions, **columns):
+        return task.reward(completions=[completion[-1]["content"] for completion in completions], **columns)
+
+    return reward
+
+
+def evaluate(task_name: str, folder: str) -> dict:
+    """Answer the held-out prompts, and return what each answer is, and how far the model is from its start."""
+    from apo_trl.checks import broken
+
+    task = load_task(task_name)
+    test = task.test[:96]
+    texts, _ = answer(folder, [row["prompt"] for row in test], temperature=0.0, max_tokens=task.max_tokens, seed=0)
+    columns = {name: [row[name] for row in test] for name in test[0] if name not in ("id", "prompt")}
+    scores = task.reward(completions=texts, **columns)
+    return {
+        "followed": [int(score) for score in scores],
+        "kinds": [row["kind"] for row in test],
+        "broken": sum(broken(text) is not None for text in texts),
+        "words": round(statistics.fmean(len(text.split()) for text in texts), 1),
+        "kl": round(kl(folder, test[:KL_PROMPTS], texts[:KL_PROMPTS]), 4) if folder != model_folder() else 0.0,
+        "examples": [[row["prompt"], text] for row, text in zip(test[:3], texts[:3], strict=True)],
+    }
+
+
+def kl(folder: str, rows: list[dict], texts: list[str]) -> float:
+    """Compute KL(model || start) in nats per token, exact at each position, on the model's own greedy answers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    models = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) for name in (folder, model_folder())]
+    total, count = 0.0, 0
+    for row, text in zip(rows, texts, strict=True):
+        messages = [{"role": "user", "content": row["prompt"]}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = prompt + tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            policy, start = (
+                model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for model in models
+            )
+        total += float((policy.exp() * (policy - start)).sum())
+        count += len(ids) - len(prompt)
+    return total / count
+
+
+def do(run: dict) -> dict:
+    """Do one run in this process."""
+    from apo_trl.training.console import quiet_libraries
+
+    quiet_libraries()
+    from datasets import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bars()
+    disable_progress_bar()
+    began, cpu = time.monotonic(), time.process_time()
+    task_name, seed, method = run["task"], run["seed"], run["method"]
+    steps = run.get("steps", STEPS)
+    result: dict = {"run": run}
+    with tempfile.TemporaryDirectory() as folder:
+        if method == "before":
+            result |= evaluate(task_name, model_folder())
+        elif method == "rloo":
+            pairs = pairs_of(task_name, "clair", seed)
+            tokens = sampled_tokens(task_name, "clair", PAIRS / len(pairs))
+            reward = note_reward_function(task_name)
+            if run["data"] == "reward model":
+                reward, result["accuracy"] = train_reward_model(pairs[:PAIRS], seed, folder)
+            result |= train_rloo(task_name, reward, tokens, seed, folder)
+            result |= evaluate(task_name, result.pop("folder"))
+        elif method == "rounds":
+            result["rounds"] = rounds(task_name, seed, folder)
+        else:
+            pairs = pairs_of(task_name, run["data"], seed)
+            result |= {"pairs": len(pairs[:PAIRS]), "found": len(pairs), "steps": steps}
+            if not run["data"].endswith("%"):
+                result["tokens"] = sampled_tokens(task_name, run["data"], PAIRS / len(pairs))
+            result |= train_pairs(model_folder(), pairs[:PAIRS], method, seed, steps, folder)
+            result |= evaluate(task_name, result.pop("folder"))
+    return result | {"seconds": round(time.monotonic() - began, 1), "cpu": round(time.process_time() - cpu, 1)}
+
+
+def rounds(task_name: str, seed: int, folder: str) -> list[dict]:
+    """The second and the third round: the policy answers, its answers are revised, and it trains on these pairs."""
+    task = load_task(task_name)
+    policy, found, done = model_folder(), samples(task_name), []
+    for number in (1, 2, 3):
+        tokens = None
+        if number > 1:
+            prompts = [row["prompt"] for row in task.train]
+            texts, tokens = answer(
+                policy, prompts, temperature=0.8, max_tokens=task.max_tokens, seed=10_000 * (10 * seed + number)
+            )
+            found = {row["id"]: [text] for row, text in zip(task.train, texts, strict=True)}
+        pairs = clair(task, found, seed + 100 * number if number > 1 else seed)
+        place = f"{folder}/{number}"
+        result = {"pairs": len(pairs[:PAIRS]), "found": len(pairs), "tokens": tokens, "steps": STEPS}
+        result |= train_pairs(policy, pairs[:PAIRS], "apo_zero", seed, STEPS, place)
+        policy = result.pop("folder")
+        done.append(result | evaluate(task_name, policy))
+    return done
+
+
+def load() -> list[dict]:
+    return json.loads(STORE.read_text(encoding="utf-8"))["results"] if STORE.exists() else []
+
+
+def save(results: list[dict]) -> None:
+    from importlib.metadata import version
+
+    packages = ("trl", "transformers", "torch", "peft")
+    order = {json.dumps(run): number for number, run in enumerate(planned())}
+    results = sorted(results, key=lambda result: order.get(json.dumps(result["run"]), len(order)))
+    lines = ",\n".join(json.dumps(result, ensure_ascii=False) for result in results)
+    text = f'{{"versions": {json.dumps({name: version(name) for name in packages})},\n"results": [\n{lines}\n]}}\n'
+    STORE.with_suffix(".new").write_text(text, encoding="utf-8")
+    STORE.with_suffix(".new").replace(STORE)
+
+
+def run_all(only: str = "") -> list[dict]:
+    """Do what is not stored, two runs at a time; every result is stored as it comes."""
+    results = load()
+    stored = [result["run"] for result in results]
+    left = [run for run in planned() if run not in stored and only in json.dumps(run)]
+    began = time.monotonic()
+    with ProcessPoolExecutor(2, max_tasks_per_child=1) as pool:
+        parts = [(task, part) for task in TASKS for part in range(SAMPLES + OFF_POLICY)]
+        list(pool.map(sample, *zip(*parts, strict=True)))
+        waiting = {pool.submit(do, run): run for run in left}
+        for number, future in enumerate(as_completed(waiting), start=1):
+            results.append(future.result())
+            save(results)
+            run, rest = waiting[future], len(left) - number
+            print(
+                f"{' '.join(map(str, run.values()))}: {results[-1]['seconds']:.0f} s, {rest} runs left, "
+                f"about {(time.monotonic() - began) / number * rest / 60:.0f} min",
+                flush=True,
+            )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draw", action="store_true", help="only draw")
+    parser.add_argument("--fresh", action="store_true", help="forget what is stored")
+    parser.add_argument("--only", default="", help="part of a run's description")
+    options = parser.parse_args()
+    if options.fresh:
+        STORE.unlink(missing_ok=True)
+    results = load() if options.draw else run_all(options.only)
+    from answers_page import draw, write_page
+
+    draw(results)
+    write_page(results)
+
+
+if __name__ == "__main__":
+    main()
