@@ -357,8 +357,8 @@ def save(results: list[dict]) -> None:
     from importlib.metadata import version
 
     packages = ("trl", "transformers", "torch", "peft")
-    order = {json.dumps(run): number for number, run in enumerate(planned())}
-    results = sorted(results, key=lambda result: order.get(json.dumps(result["run"]), len(order)))
+    runs = planned()
+    results = sorted(results, key=lambda result: runs.index(result["run"]))
     lines = ",\n".join(json.dumps(result, ensure_ascii=False) for result in results)
     text = f'{{"versions": {json.dumps({name: version(name) for name in packages})},\n"results": [\n{lines}\n]}}\n'
     STORE.with_suffix(".new").write_text(text, encoding="utf-8")

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import make_model, make_tokenizer
 from test_docs import DOCS
 
 sys.path.insert(0, str(DOCS))
@@ -137,6 +138,15 @@ def test_the_page_shows_the_stored_results():
     assert len({json.dumps(run) for run in planned}) == len(planned)
 
 
+def test_how_far_a_model_is_from_its_start(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "model_folder", lambda: str(model_dir))
+    make_model(seed=1).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    rows, texts = [{"prompt": "Where is Ida from?"}], ["Ida is from Rome."]
+    assert answers.kl(str(model_dir), rows, texts) == 0
+    assert answers.kl(str(tmp_path), rows, texts) > 0.01
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_every_method_runs(model_dir, tmp_path, monkeypatch):
@@ -161,9 +171,7 @@ def test_every_method_runs(model_dir, tmp_path, monkeypatch):
     assert [result["run"] for result in answers.load()] == [
         run for run in answers.planned() if run in [result["run"] for result in results]
     ]
-    one = results[2]
-    assert one["kl"] > 0
-    assert len(one["followed"]) == 12
+    assert len(results[2]["followed"]) == 12
     assert len(results[-1]["rounds"]) == 3
     table = page.main_table(answers.load(), "instructions")
     assert "| the model before | 0 %" in table
