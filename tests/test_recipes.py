@@ -3,6 +3,7 @@
 import pytest
 import yaml
 from conftest import rows
+from huggingface_hub.utils import build_hf_headers
 from test_cli import write
 
 from apo_trl.cli import main as cli
@@ -155,6 +156,7 @@ class TestCheck:
     def test_a_model_on_the_hub_is_not_asked_for(self, tmp_path, monkeypatch):
         """Nor is a split that the data lacks overlooked."""
         asked = []
+        build_hf_headers()  # once in a process this asks which program runs it, unless offline
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("socket.getaddrinfo", lambda host, *rest, **more: asked.append(host) or [])
         data = write(tmp_path / "pairs.jsonl", rows(4))
