@@ -23,6 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a process each core
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from answers_data import OFF_POLICY, PAIRS, SAMPLES, SETS, clair, load_task, mixture
+from evidence import mean_tokens
 
 STORE = Path(__file__).parent / "evidence" / "answers.json"
 SAMPLED = Path(os.environ.get("APO_TRL_ANSWERS", tempfile.gettempdir())) / "apo-trl-answers"  # remade if missing
@@ -161,7 +162,7 @@ def train_pairs(model: str, pairs: list[dict], method: str, seed: int, steps: in
     else:
         from apo_trl import APOConfig, APOTrainer
 
-        beta = BETA * _mean_tokens(pairs) if method.endswith("_norm") else BETA
+        beta = BETA * mean_tokens(pairs) if method.endswith("_norm") else BETA
         rows = [{name: row[name] for name in columns} for row in rows]
         config = APOConfig(**_common(folder, seed, steps), **dtype, loss_type=method, beta=beta, max_length=1024)
         trainer = APOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), peft_config=_lora())
@@ -171,11 +172,6 @@ def train_pairs(model: str, pairs: list[dict], method: str, seed: int, steps: in
     return _saved(trainer, folder) | {
         "displaced": round(statistics.fmean(displaced[-(len(displaced) // 2) :]), 3) if displaced else None
     }
-
-
-def _mean_tokens(pairs: list[dict]) -> float:
-    """Tokens of a chosen answer on average; a word is about 1.4 of SmolLM2's tokens."""
-    return 1.4 * statistics.fmean(len(pair["chosen"][0]["content"].split()) for pair in pairs)
 
 
 def _saved(trainer, folder: str) -> dict:
@@ -292,7 +288,7 @@ def kl(folder: str, rows: list[dict], texts: list[str]) -> float:
 
 
 def do(run: dict) -> dict:
-    """Do one run in this process."""
+    """Compute the result of one run, in this process."""
     from apo_trl.training.console import quiet_libraries
 
     quiet_libraries()
@@ -366,7 +362,7 @@ def save(results: list[dict]) -> None:
 
 
 def run_all(only: str = "") -> list[dict]:
-    """Do what is not stored, two runs at a time; every result is stored as it comes."""
+    """Compute the results that are not stored, two runs at a time, and store each as it comes."""
     results = load()
     stored = [result["run"] for result in results]
     left = [run for run in planned() if run not in stored and only in json.dumps(run)]

@@ -151,7 +151,7 @@ CLAIMS: list[tuple[str, dict, dict, float]] = [
 
 
 def verdict(gap: tuple[float, float, float] | None, least: float) -> str:
-    """Say what a difference and its interval decide."""
+    """Return what a difference and its interval decide."""
     if gap is None:
         return "not run"
     _, low, high = gap

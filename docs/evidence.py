@@ -72,7 +72,7 @@ class Lab:
 
         began = time.monotonic()
         train, held_out = self.sets(run)
-        beta = run["beta"] * (_mean_tokens(train) if run["loss"].endswith("_norm") else 1)
+        beta = run["beta"] * (mean_tokens(train) if run["loss"].endswith("_norm") else 1)
         with tempfile.TemporaryDirectory() as folder:
             config = APOConfig(
                 folder, loss_type=run["loss"], beta=beta, learning_rate=run["rate"], seed=run["seed"],
@@ -113,7 +113,7 @@ class Lab:
         }  # fmt: skip
 
 
-def _mean_tokens(rows: list[dict]) -> float:
+def mean_tokens(rows: list[dict]) -> float:
     """Tokens of a chosen answer on average, a beta per token's factor; a word is about 1.4 of SmolLM2's tokens."""
     return 1.4 * statistics.fmean(len(row["chosen"][0]["content"].split()) for row in rows)
 

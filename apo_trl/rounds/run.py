@@ -67,8 +67,8 @@ class _Rounds:
         self._server: Server | None = None
         if settings.policy_serve is not None:
             self._server = Server(settings.policy_serve, settings.policy_serve_timeout, folder / "serve.log")
-        round_of = ["pairs", "train", *["merge"] * settings.merges, "score"]
-        self._left = ["score", *round_of * settings.rounds]
+        self._stages = ["pairs", "train", *["merge"] * settings.merges, "score"]  # of a round
+        self._left = ["score", *self._stages * settings.rounds]
         self._seconds: dict[str, list[float]] = {}
 
     def stop(self) -> None:
@@ -78,7 +78,7 @@ class _Rounds:
     def all(self) -> None:
         for number in range(self.settings.rounds + 1):
             self._folder(number).mkdir(exist_ok=True)
-            for name in ("pairs", "train", *["merge"] * self.settings.merges, "score") if number else ("score",):
+            for name in self._stages if number else ["score"]:
                 self._stage(number, name)
             self._tidy(number)
 
@@ -100,7 +100,9 @@ class _Rounds:
         folder, field = self._folder(number), f"round {number}, {name}"
         marker = folder / f"{name}.json"
         done = read_json(marker)
-        if done is None:
+        if resumed := done is not None:
+            seconds = done["seconds"]
+        else:
             print(f"Round {number} of {self.settings.rounds}: {name} ...", flush=True)
             started = time.monotonic()
             values, arguments = getattr(self, f"_{name}")(number)
@@ -108,14 +110,12 @@ class _Rounds:
             if name == "pairs" and not read_json(folder / "pairs" / "report.json")["complete"]:
                 log = folder / "pairs.log"
                 raise InputError(f"{field}: some requests failed. See {log}, and run the same command again.")
-            done = {"seconds": round(time.monotonic() - started, 1), "settings": values}
-            write_json(marker, done)
-            self._left.remove(name)
-            self._seconds.setdefault(name, []).append(done["seconds"])
-            print(f"  {_minutes(done['seconds'])}{self._time_left()}", flush=True)
-        else:
-            self._left.remove(name)
-            self._seconds.setdefault(name, []).append(done["seconds"])
+            seconds = round(time.monotonic() - started, 1)
+            write_json(marker, {"seconds": seconds, "settings": values})
+        self._left.remove(name)
+        self._seconds.setdefault(name, []).append(seconds)
+        if not resumed:
+            print(f"  {_minutes(seconds)}{self._time_left()}", flush=True)
         if name == "train":
             for checkpoint in (folder / "policy").glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
