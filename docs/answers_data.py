@@ -11,7 +11,7 @@ from apo_trl.pairs import instructions
 
 PAIRS = 128  # of every set
 SAMPLES = 4  # answers of the model to a prompt at temperature 0.8
-OFF_POLICY = 2  # answers at temperature 1.3, in the place of a third model
+OFF_POLICY = 2  # answers at a higher temperature, in the place of a third model
 
 
 class Task(NamedTuple):
@@ -120,7 +120,7 @@ def on_policy(task: Task, samples: dict, seed: int) -> list[dict]:
 
 
 def off_policy(task: Task, samples: dict, seed: int) -> list[dict]:
-    """The better and the worse of two answers at temperature 1.3, which the model itself seldom gives."""
+    """The better and the worse of two answers at a higher temperature, which the model itself seldom gives."""
     return _judged(task, {key: texts[SAMPLES:] for key, texts in samples.items()}, seed)
 
 

@@ -21,13 +21,11 @@ NEAR = 0.05  # "at least as good": not more than five points worse
 
 
 def of(results: list[dict], task: str, data: str, method: str, steps: int | None = None, part: int | None = None):
-    """Return the results of a row by seed, or nothing until every seed is stored; `part` is the number of a round."""
+    """Return the stored results of a row by seed; `part` is the number of a round."""
     run = {"task": task, "data": data, "method": method}
     found = [one for one in results if {**run, "seed": one["run"]["seed"]} | _steps(steps) == one["run"]]
     found.sort(key=lambda one: one["run"]["seed"])
-    if len(found) < (1 if method == "before" else len(SEEDS)):
-        return []
-    return found if part is None else [one["rounds"][part - 1] for one in found]
+    return found if part is None else [one["rounds"][part - 1] | {"run": one["run"]} for one in found]
 
 
 def _steps(steps: int | None) -> dict:
@@ -49,10 +47,12 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
     return float(values.mean()), float(low), float(high)
 
 
-def difference(results: list[dict], task: str, first: dict, second: dict) -> tuple[float, float, float] | None:
-    """Return how many more prompts the first row follows than the second, with the interval, or None."""
-    one, two = of(results, task, **first), of(results, task, **second)
-    return interval(matrix(one) - matrix(two)) if one and two else None
+def difference(results: list[dict], task: str, first: dict, second: dict) -> tuple[tuple | None, int]:
+    """Return how many more prompts the first row follows, with its interval, and the number of seeds."""
+    found = [{one["run"]["seed"]: one for one in of(results, task, **row)} for row in (first, second)]
+    seeds = sorted(found[0].keys() & found[1].keys())
+    one, two = (matrix([results[seed] for seed in seeds]) for results in found)
+    return (interval(one - two) if seeds else None), len(seeds)
 
 
 def rows(task: str) -> list[tuple[str, dict]]:
@@ -82,13 +82,13 @@ def _mean(found: list[dict], name: str) -> float | None:
 
 def _line(label: str, found: list[dict], kinds: list[str], minutes: float | None) -> list[str]:
     if not found:
-        return [label, "not run", *[""] * (len(kinds) + 7)]
+        return [label, "not run", *[""] * (len(kinds) + 8)]
     values = matrix(found)
     of_kind = np.array(found[0]["kinds"])
     numbers = [(_mean(found, name), form) for name, form in (("kl", ".2f"), ("words", ".0f"))]
     broken = statistics.fmean(one["broken"] for one in found) / values.shape[1]
     numbers += [(broken, ".0%"), (_mean(found, "displaced"), ".0%"), (_mean(found, "pairs"), ".0f")]
-    numbers += [(_mean(found, "tokens"), ",.0f"), (minutes, ".1f")]
+    numbers += [(_mean(found, "tokens"), ",.0f"), (minutes, ".1f"), (len(found), "d")]
     return [
         label,
         _share(values),
@@ -100,7 +100,7 @@ def _line(label: str, found: list[dict], kinds: list[str], minutes: float | None
 def main_table(results: list[dict], task: str) -> str:
     before = of(results, task, "none", "before")
     kinds = sorted(set(before[0]["kinds"])) if before else []
-    head = ["", "followed", *kinds, "KL", "words", "broken", "displaced", "pairs", "tokens", "CPU minutes"]
+    head = ["", "followed", *kinds, "KL", "words", "broken", "displaced", "pairs", "tokens", "CPU minutes", "seeds"]
     lines = []
     for label, row in rows(task):
         found = of(results, task, **row)
@@ -117,7 +117,7 @@ def shares_table(results: list[dict]) -> str:
     for share in SHARES:
         found = [of(results, "instructions", f"{share} %", method) for method in methods.values()]
         cells = [_share(matrix(one)) if one else "not run" for one in found]
-        gap = difference(
+        gap, _ = difference(
             results, "instructions", *({"data": f"{share} %", "method": name} for name in ("apo_zero", "apo_down"))
         )
         lines.append([f"{share} %", *cells, _gap(gap)])
@@ -150,10 +150,12 @@ CLAIMS: list[tuple[str, dict, dict, float]] = [
 """Written before the runs: the sentence, the row that should follow more, the other, and the least difference."""
 
 
-def verdict(gap: tuple[float, float, float] | None, least: float) -> str:
-    """Return what a difference and its interval decide."""
+def verdict(gap: tuple[float, float, float] | None, least: float, seeds: int = len(SEEDS)) -> str:
+    """Return what a difference and its interval decide, if every seed has run."""
     if gap is None:
         return "not run"
+    if seeds < len(SEEDS):
+        return f"open: {seeds} of {len(SEEDS)} seeds"
     _, low, high = gap
     return "holds" if low > least else "does not hold" if high < least else "undecided"
 
@@ -163,12 +165,12 @@ def claims_table(results: list[dict]) -> str:
     for sentence, first, second, least in CLAIMS:
         tasks = [task for task in TASKS if not first["data"].endswith("%") or task == "instructions"]
         for task in tasks:
-            gap = difference(results, task, first, second)
-            lines.append([sentence, TITLES[task].lower(), _gap(gap), verdict(gap, least)])
+            gap, seeds = difference(results, task, first, second)
+            lines.append([sentence, TITLES[task].lower(), _gap(gap), verdict(gap, least, seeds)])
     for task in TASKS:
         zero, dpo = (of(results, task, **row) for row in (ZERO, DPO))
         gap, decided = "not run", "not run"
-        if zero and dpo:
+        if len(zero) == len(dpo) == len(SEEDS):
             ratios = [one["kl"] / two["kl"] for one, two in zip(zero, dpo, strict=True)]
             gap = f"{statistics.fmean(ratios):.2f} times the KL ({min(ratios):.2f} to {max(ratios):.2f})"
             decided = "holds" if max(ratios) < 1 else "does not hold" if min(ratios) > 1 else "undecided"

@@ -4,8 +4,8 @@
     python docs/evidence.py --draw                          figures and tables from docs/evidence/results.json alone
     python docs/evidence.py --fresh                         forget what is stored, and do all of it anew
 
-SmolLM2-135M-Instruct, LoRA on all linear layers, float32, two CPU cores. Every seed has its own split of the demo's
-112 pairs, its own order and its own adapter. What is told is measured on held-out pairs, as log-ratios to the model
+SmolLM2-135M-Instruct, LoRA on all linear layers, float32, two CPU cores. Every seed has its own split of the 112
+CLAIR pairs, its own order and its own adapter. Everything is measured on held-out pairs, as log-ratios to the model
 that the run started from.
 """
 
@@ -60,7 +60,7 @@ class Lab:
         return tuple(make(part) for part in split(self.rows, run["seed"]))
 
     def train(self, run: dict) -> dict:
-        """Do one run, and give what became of its held-out pairs."""
+        """Train one run, and return the results on its held-out pairs."""
         import torch
         from datasets import Dataset
         from peft import LoraConfig

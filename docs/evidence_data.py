@@ -1,4 +1,4 @@
-"""The four sets of pairs that docs/evidence.py trains on, made of the demo's: pure functions of rows and a seed."""
+"""The four sets of pairs that docs/evidence.py trains on, made of the CLAIR pairs: functions of rows and a seed."""
 
 import random
 
@@ -12,7 +12,7 @@ def split(rows: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
 
 
 def clair(rows: list[dict]) -> list[dict]:
-    """The demo's pairs: the model's own answer, and that answer minimally revised."""
+    """The CLAIR pairs: the model's own answer, and that answer minimally revised."""
     return [{key: row[key] for key in ("id", "prompt", "chosen", "rejected")} | {"kind": "clair"} for row in rows]
 
 

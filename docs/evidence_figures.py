@@ -11,7 +11,7 @@ PAGE = HERE / "evidence.md"
 SEEDS = (0, 1, 2)
 LOSSES = ("apo_zero", "apo_down", "sigmoid")
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-BETA = 0.5  # the demo's
+BETA = 0.5
 NAMES = {"sigmoid": "DPO", "apo_zero": "APO-zero", "apo_down": "APO-down", "apo_blend": "APO-blend",
          "apo_zero_norm": "APO-zero, per token"}  # fmt: skip
 

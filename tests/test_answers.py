@@ -129,6 +129,10 @@ def test_a_verdict(gap, least, said):
     assert page.verdict(gap, least) == said
 
 
+def test_no_verdict_before_every_seed_has_run():
+    assert page.verdict((0.1, 0.02, 0.2), 0, 2) == "open: 2 of 3 seeds"
+
+
 def test_the_page_shows_the_stored_results():
     text, results = page.PAGE.read_text(), answers.load()
     for name, lines in page.tables(results).items():

@@ -24,7 +24,7 @@ def test_it_compares_while_it_times(model_dir, tmp_path, capsys):
          "--json", str(tmp_path / "figures.json")]
     )  # fmt: skip
     figures = {row["name"]: row for row in json.loads((tmp_path / "figures.json").read_text())}
-    assert list(figures) == [*CASES, "the demo's pairs", "mine.jsonl"]
+    assert list(figures) == [*CASES, "the CLAIR pairs", "mine.jsonl"]
     for row in figures.values():
         assert row["tokens_saved"] > 1
         assert row["step_time"] > 0

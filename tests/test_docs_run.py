@@ -140,7 +140,7 @@ MORE = {
     "pairs build pairs/clair_local": ["--policy_model", "MODEL", "--max_edit_distance", "1", *BABBLE],
     "anchor": BABBLE,
     "compare": BABBLE,
-    "score": ["--max_prompts", "3", "--max_tokens", "8"],
+    "score": ["--max_prompts", "3", "--policy_max_tokens", "8"],
     "demo": ["--model", "WHAT_IT_STARTED_FROM", "--max_steps", "2"],
     "bench": ["--repeats", "1", "--layers", "1"],
 }

@@ -296,6 +296,23 @@ def test_a_function_revises_and_is_called_again_only_when_its_file_has_changed(r
     assert str(tmp_path) not in card
 
 
+@pytest.mark.parametrize("name", ["judging", "other-name"])
+def test_the_version_of_an_installed_function_is_part_of_its_source(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where modules and distributions are found, as in site-packages
+    for path in (Path("judging"), info := Path(f"{name.replace('-', '_')}-1.0.dist-info")):
+        path.mkdir()
+    Path("judging/__init__.py").write_text("from judging.rewards import judge\n")
+    Path("judging/rewards.py").write_text("def judge(prompts): return [1.0 for _ in prompts]\n")
+    if name != "judging":  # of an editable install only the name is known
+        (info / "top_level.txt").write_text("judging\n")
+    sources = []
+    for version in ("1.0", "1.0", "1.1"):
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        process.load_function.cache_clear()
+        sources.append(source_of("judging:judge"))
+    assert sources[0] == sources[1] != sources[2]
+
+
 def test_a_changed_column_is_a_new_call(recipe, tmp_path):
     build(recipe())
     recipe.called()
@@ -371,9 +388,10 @@ def test_a_reviser_of_the_command_line_replaces_the_recipes(tmp_path):
         ("max_words", "6", "Rain is only water, which falls down from clouds.", "Rain is only water."),
         ("max_words", "6", "Rain is only water.", None),
         ("max_words", "3", "Rain is only water and it falls.", None),  # no short form without rewriting
-        ("starts_with", "In short:", "Rain is water.", "In short: Rain is water."),
-        ("starts_with", "In short:", "In short, rain is water.", "In short: rain is water."),
-        ("starts_with", "In short:", "In short: water.", None),
+        ("max_sentences", "1", "Rain is only water. It falls.", "Rain is only water."),
+        ("max_sentences", "2", "Rain is water. It falls! Often.", "Rain is water. It falls!"),
+        ("max_sentences", "1", "Dr. Ito says that rain is water. It falls.", None),  # the first stop ends no sentence
+        ("max_sentences", "1", "Rain is only water.", None),
         ("ends_with", "DONE", "Rain is water.", "Rain is water. DONE"),
         ("ends_with", "DONE", "Rain is water. Done!", "Rain is water. DONE"),
         ("ends_with", "DONE", "Rain is water. DONE.", None),

@@ -259,7 +259,7 @@ def test_every_reason_has_an_explanation():
     assert computed == {
         "*_*", "*_error", "*_failed",  # of the roles
         "<reason>",  # REVISION_REASONS
-        "<record.reason or 'bad_row'>", "<max(NO_WIN, key=outcomes.count)>",
+        "<record.reason>", "<max(NO_WIN, key=outcomes.count)>",
     }  # fmt: skip
     for role in ("policy", "reviser", "stronger", "judge"):
         found |= {f"{role}_{end}" for end in ("truncated", "filtered", "unfinished", "empty", "error")}

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from apo_trl.errors import InputError
-from apo_trl.io.resources import find_recipe, pairs_names
+from apo_trl.io.resources import find_recipe, recipe_names
 from apo_trl.pairs.config.keys import METHODS, ROLES, Settings, kind_of, shard_of
 from apo_trl.pairs.config.settings import add_arguments, known_keys, make_settings, parse
 from apo_trl.recipes.check import check
@@ -319,7 +319,7 @@ def test_the_help_shows_defaults_that_are_zero(capsys):
 
 
 def test_packaged_recipes_parse_and_are_ok():
-    names = pairs_names()
+    names = recipe_names("pairs")
     assert len(names) == 7
     assert {parse(name, {}, environment=False).method for name in names} == set(METHODS)
     for name in names:

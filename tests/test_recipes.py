@@ -1,5 +1,8 @@
 """Every recipe in the tree: found by name, accepted by the installed classes, and without a key that says nothing."""
 
+import re
+import shutil
+
 import pytest
 import yaml
 from conftest import rows
@@ -8,7 +11,7 @@ from test_cli import write
 
 from apo_trl.cli import main as cli
 from apo_trl.errors import InputError
-from apo_trl.io.resources import accelerate_config, find_recipe, hardware, pairs_names, recipe_folder, recipe_names
+from apo_trl.io.resources import accelerate_config, find_recipe, hardware, recipe_folder, recipe_names
 from apo_trl.recipes.catalog import describe
 from apo_trl.recipes.check import check
 from apo_trl.training.arguments import parse, trl_script
@@ -18,7 +21,7 @@ HARDWARE = sorted((recipe_folder() / "accelerate").glob("*.yaml"))
 
 
 def test_how_many_there_are():
-    assert len(NAMES) == 16
+    assert len(NAMES) == 17
     assert {describe(name)["method"] for name in NAMES} == {"full", "LoRA", "QLoRA"}
     losses = {"apo_zero", "apo_down", "apo_zero_norm", "apo_blend", "apo_zero_unpaired", "reward", "rloo"}
     assert {describe(name)["loss"] for name in NAMES} == losses
@@ -173,15 +176,30 @@ class TestCheck:
         findings = check(file("load_in_4bit: true\nuse_peft: true"))
         assert any("pip install 'apo-trl[qlora]'" in finding.text for finding in findings)
 
+    def test_rounds(self, tmp_path):
+        path, values = tmp_path / "mine.yaml", yaml.safe_load(find_recipe("rounds/instructions").read_text())
+        values["output_dir"] = str(tmp_path / "out")
+        path.write_text(yaml.safe_dump(values))
+        assert check(str(path)) == []
+        assert not (tmp_path / "out").exists()
+        for section, key in (("pairs", "polici_model"), ("train", "betta"), ("scor", "prompts")):
+            path.write_text(yaml.safe_dump(values | {section: values.get(section, {}) | {key: "x"}}))
+            (finding,) = check(str(path))
+            assert finding.level == "error"
+            assert re.search(f"{key if section != 'scor' else section}.*Did you mean", finding.text)
+
 
 class TestCommands:
-    def test_list(self, capsys):
+    def test_list(self, capsys, tmp_path, monkeypatch):
+        shutil.copytree(recipe_folder(), tmp_path, dirs_exist_ok=True)
+        shutil.copy(tmp_path / "rounds/instructions.yaml", tmp_path / "rounds/more.yaml")
+        monkeypatch.setattr("apo_trl.io.resources.recipe_folder", lambda: tmp_path)
         cli.main(["recipes"])
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines[:-3]] == ["name", *NAMES]
-        assert lines[-1] == "For `apo-trl rounds`: rounds/instructions"
-        assert lines[-2] == f"For `apo-trl pairs build`: {', '.join(pairs_names())}"
-        assert len(pairs_names()) == 7
+        assert lines[-1] == "For `apo-trl rounds`: rounds/instructions, rounds/more"
+        assert lines[-2] == f"For `apo-trl pairs build`: {', '.join(recipe_names('pairs'))}"
+        assert len(recipe_names("pairs")) == 7
 
     def test_show_and_copy(self, capsys, tmp_path):
         text = find_recipe("llama-3-8b/apo_zero_full").read_text()

@@ -6,10 +6,12 @@ The fast tests put a script in the place of the commands; the slow one runs the 
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from apo_trl.io.resources import find_recipe
 from apo_trl.rounds import processes, run
 from apo_trl.rounds.processes import Server
 from apo_trl.rounds.run import run_rounds
-from apo_trl.rounds.settings import Settings, parse
+from apo_trl.rounds.settings import Settings, keep_settings, parse
 
 STUB = """\
 import json, os, pathlib, sys, time, yaml
@@ -42,13 +44,16 @@ if fails.exists():
 if (root / f"sleep-{command}").exists():
     (root / "pid").write_text(str(os.getpid()))
     time.sleep(60)
+if command == "train" and (root / "edits").exists():
+    pathlib.Path((root / "edits").read_text()).write_text("")
 if command == "pairs":
     keys = yaml.safe_load(open(words[1]))
     put(pathlib.Path(keys["output_dir"], "report.json"), {"kept": 7, "complete": not (root / "incomplete").exists()})
 elif command == "train":
     keys = yaml.safe_load(open(words[0]))
     out = pathlib.Path(keys["output_dir"])
-    put(out / "trainer_state.json", {"log_history": [{"step": 1, "apo/displaced": 0.25}, {"step": 2}]})
+    log = [{"step": step, "apo/displaced": share} for step, share in enumerate((1.0, 1.0, 0.5, 0.125, 0.125))]
+    put(out / "trainer_state.json", {"log_history": [*log, {"step": 5}]})
     put(out / "adapter_model.safetensors", keys["model_name_or_path"])
     put(out / "checkpoint-2" / "optimizer.pt", "large")
 elif command == "merge":
@@ -67,8 +72,12 @@ child = subprocess.Popen(["sleep", "100"])
 pathlib.Path(sys.argv[3]).open("a").write(f"{sys.argv[1]} {os.getpid()} {child.pid}\\n")
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200 if self.path == "/v1/models" else 404)
+    loads = 3 if "loads" in sys.argv else 0
+
+    def do_GET(self):  # llama.cpp lists its model while it loads it
+        print(self.path, flush=True)
+        Handler.loads -= self.path == "/health"
+        self.send_response(200 if self.path == "/v1/models" else 503 if Handler.loads > 0 else 404)
         self.end_headers()
 
     def log_message(self, *_):
@@ -86,6 +95,7 @@ def stub(tmp_path, monkeypatch):
     monkeypatch.setenv("STUB", str(tmp_path))
     monkeypatch.setattr(processes, "COMMAND", (sys.executable, str(script)))
     monkeypatch.setattr(run, "check", lambda settings: None)  # it takes a second, and has its own test
+    monkeypatch.setattr("apo_trl.rounds.settings.source_of", str)  # as does this
     return tmp_path
 
 
@@ -104,7 +114,7 @@ def make(tmp_path, model_dir):
                 "reviser_function": "apo_trl.pairs.instructions:revise",
             },
             "train": {"use_peft": True, "max_steps": 2},
-            "score": {"prompts": "held_out.jsonl", "judge_function": "checks.py:judge"},
+            "score": {"prompts": "held_out.jsonl", "judge_function": "apo_trl.checks:number"},
         }
         for key, value in changes.items():
             values[key] = values[key] | value if isinstance(value, dict) else value
@@ -144,7 +154,7 @@ class TestStages:
         summary = json.loads((stub / "out/summary.json").read_text())
         assert [row["followed"][0] for row in summary["rounds"]] == [0.0, 0.2, 0.4]
         assert [row.get("pairs") for row in summary["rounds"]] == [None, 7, 7]
-        assert summary["rounds"][2]["displaced"] == 0.25
+        assert summary["rounds"][2]["displaced"] == 0.25  # the mean of the last three
         html = page.read_text()
         assert "40%" in html
         assert "&lt;b&gt;" in html
@@ -238,11 +248,34 @@ class TestResume:
         with pytest.raises(InputError, match=rf"^{', '.join(sorted(names))}: changed since"):
             run_rounds(make(**changes))
 
-    def test_changed_prompts_are_refused(self, stub, make):
-        run_rounds(settings := make())
-        write(stub / "prompts.jsonl", [{"prompt": "another"}])
+    CONTENTS = (
+        "pairs.prompts", "pairs.reviser_template", "pairs.reviser_function", "score.prompts", "score.judge_function",
+    )  # fmt: skip
+
+    @pytest.mark.parametrize("name", CONTENTS)
+    def test_a_changed_file_is_refused(self, make, tmp_path, monkeypatch, name):
+        section, _, key = name.partition(".")
+        path = tmp_path / "file.py"
+        path.write_text("def f(prompts): return prompts\n")
+        settings = make(**{section: {key: f"{path}:f" if key.endswith("_function") else str(path)}})
+        if not key.endswith("_function"):
+            monkeypatch.setattr("apo_trl.rounds.settings.source_of", str)
+        keep_settings(settings, tmp_path)
+        keep_settings(settings, tmp_path)
+        path.write_text("def f(completions): return completions\n")
+        with pytest.raises(InputError, match=rf"^{re.escape(name)} \(content\): changed"):
+            keep_settings(settings, tmp_path)
+
+    def test_a_file_that_changes_during_a_run_is_refused(self, stub, make):
+        settings = make()
+        (stub / "edits").write_text(settings.pairs["prompts"])
         with pytest.raises(InputError, match=r"^pairs\.prompts \(content\): changed"):
             run_rounds(settings)
+        assert calls(stub) == ["score", "pairs", "train"]
+
+    def test_a_function_that_cannot_be_loaded_is_named(self, make, tmp_path):
+        with pytest.raises(InputError, match=r"^score\.judge_function: 'checks\.py:judge' cannot be loaded.* Set"):
+            keep_settings(make(score={"judge_function": "checks.py:judge"}), tmp_path)
 
 
 def start(stub, *options):
@@ -301,6 +334,24 @@ class TestServer:
         assert "--policy_base_url http://127.0.0.1:" in (stub / "calls").read_text()
         assert [path.parent.name for path in (stub / "out").rglob("model.safetensors")] == ["merged"]
 
+    def test_the_packaged_model_is_a_folder_to_a_server(self, stub, make, command, monkeypatch):
+        from apo_trl.models.packaged import MODEL_NAME
+
+        monkeypatch.setenv("APO_TRL_CACHE", str(stub))
+        (stub / MODEL_NAME).mkdir()
+        run_rounds(make(policy_serve=command, model_name_or_path=MODEL_NAME, rounds=1))
+        assert (stub / "served").read_text().split()[0] == str(stub / MODEL_NAME)
+        assert of(stub, 1, "pairs")["policy_model"] == str(stub / MODEL_NAME)
+        assert f"--model {stub / MODEL_NAME}\n" in (stub / "calls").read_text()
+
+    def test_a_server_that_loads_is_not_ready(self, tmp_path, command):
+        server = Server(f"{command} loads", 30, tmp_path / "log")
+        try:
+            server.url("model")
+        finally:
+            server.stop()
+        assert (tmp_path / "log").read_text().split() == [*["/health"] * 3, "/v1/models"]
+
     def test_ended_when_a_stage_fails(self, stub, make, command):
         (stub / "fail-pairs").touch()
         with pytest.raises(InputError, match="round 1, pairs"):
@@ -319,6 +370,7 @@ class TestServer:
         server = Server(f"{sys.executable} {words}", 0.5 if "timeout" in field else 30, tmp_path / "log")
         with pytest.raises(InputError, match=rf"^{field}.*log"):
             server.url("model")
+        server.stop()
 
     def test_no_such_command(self, tmp_path):
         with pytest.raises(InputError, match=r"^policy_serve: 'vlm-serve' cannot be started"):
@@ -407,6 +459,54 @@ def revise(completions, **columns):
 def judge(completions, **columns):
     return [float("a" in each[-1]["content"]) for each in completions]
 """
+
+
+@pytest.mark.slow
+def test_a_real_server_answers(model_dir, tmp_path, monkeypatch):
+    """One round with `transformers serve`: the first model answers, then a merged one. The commands run in process."""
+    import pyarrow.parquet as pq
+
+    from apo_trl import train
+    from apo_trl.cli.main import main
+
+    def run_command(arguments, log, field):
+        if arguments[0] == "train":
+            train.main(arguments[1:])  # without its launcher
+        else:
+            main(arguments)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "run_command", run_command)
+    Path("functions.py").write_text(REVISER)
+    write(tmp_path / "prompts.jsonl", [{"id": str(i), "prompt": f"Say {i}."} for i in range(6)])
+    sampling = {"do_sample": True, "eos_token_id": 0}
+    keys = {
+        "prompts": "prompts.jsonl", "policy_max_tokens": 64, "max_failures": 1000,
+        "policy_extra_body": {"generation_config": json.dumps(sampling), "logit_bias": {"0": 3.0}},
+    }  # fmt: skip
+    settings = Settings(
+        model_name_or_path=str(model_dir), output_dir="out", rounds=1,
+        pairs=keys | {"method": "clair", "reviser_function": "functions.py:revise"},
+        train={"use_peft": True, "lora_r": 4, "max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True,
+               "bf16": False, "gradient_checkpointing": False, "report_to": "none", "logging_steps": 1},
+        score=keys | {"judge_function": "functions.py:judge", "policy_temperature": 1.0},
+        policy_serve=f"{Path(sys.executable).parent}/transformers serve {{model}} --port {{port}} --device cpu",
+    )  # fmt: skip
+    run_rounds(settings)
+    log = Path("out/serve.log").read_text()
+    requests = Counter(re.findall(r"Request received\] Model: (.*)@main", log))
+    probes = 2
+    assert requests == {str(model_dir): 2 * (6 + probes), "out/round-1/merged": 6 + probes}
+    assert log.count('"POST /v1/chat/completions HTTP/1.1" 200') == requests.total()
+    for number in (0, 1):
+        answers = pq.read_table(f"out/round-{number}/score/answers.parquet").to_pylist()
+        assert len({row["answer"] for row in answers if row["score"] is not None}) > 1
+    report = json.loads(Path("out/round-1/pairs/report.json").read_text())
+    assert report["complete"]
+    assert report["kept"] > 1
+    servers = [int(pid) for pid in re.findall(r"Started server process \[(\d+)", log)]
+    assert len(servers) == 2
+    assert not [pid for pid in servers if is_running(pid)]
 
 
 @pytest.mark.slow

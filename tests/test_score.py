@@ -48,7 +48,7 @@ def scored(folder, prompts, *more, function=INSTRUCTIONS):
 
 def test_answers_of_a_server_are_scored_by_kind_and_broken_ones_are_counted(prompts, tmp_path, capsys):
     with ChatServer(reply) as server:
-        more = ["--model", "m", "--base_url", server.url]
+        more = ["--model", "m", "--policy_base_url", server.url]
         report, rows = scored(tmp_path / "out", prompts, *more)
     again, _ = scored(tmp_path / "out", prompts, *more, "--max_requests", "0")
     assert {name: row["score"] for name, row in rows.items()} == {**dict(a=1, b=0, c=1, d=0, e=0, f=0), "row-7": None}
@@ -81,7 +81,7 @@ def test_answers_of_a_server_are_scored_by_kind_and_broken_ones_are_counted(prom
 def test_a_function_that_fails_on_a_row_loses_no_row(body, problem, prompts, tmp_path):
     (tmp_path / "mine.py").write_text(f"def judge(completions, id, **columns):\n    {body}\n")
     with ChatServer(reply) as server:
-        more = ["--model", "m", "--base_url", server.url, "--function_timeout", "1"]
+        more = ["--model", "m", "--policy_base_url", server.url, "--function_timeout", "1"]
         report, rows = scored(tmp_path / "out", prompts, *more, function=f"{tmp_path}/mine.py:judge")
     assert list(rows) == [*ANSWERS, "row-7"]
     assert rows["b"]["score"] is None
@@ -94,7 +94,7 @@ def test_a_function_that_fails_on_a_row_loses_no_row(body, problem, prompts, tmp
 def test_a_model_in_this_process_answers_greedily_and_a_changed_one_anew(model_dir, prompts, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(model_dir, model)
-    more = ["--model", str(model), "--max_tokens", "6"]
+    more = ["--model", str(model), "--policy_max_tokens", "6"]
     report, first = scored(tmp_path / "out", prompts, *more)
     assert report["settings"]["policy_temperature"] == 0
     _, second = scored(tmp_path / "other", prompts, *more)
@@ -108,6 +108,16 @@ def test_a_model_in_this_process_answers_greedily_and_a_changed_one_anew(model_d
     assert asked[1] == 2 * asked[0]
 
 
+def test_the_keys_of_the_model_are_those_of_the_policy(capsys):
+    given = ["score", "--model", "m", "--prompts", "p.jsonl", "--judge_function", INSTRUCTIONS]
+    for option, error in (("--max_tokens", "Did you mean '--policy_max_tokens'"), ("--policy_api_key", "environment")):
+        with pytest.raises(SystemExit):
+            cli.main([*given, option, "sk-1"])
+        printed = capsys.readouterr().err
+        assert error in printed
+        assert "sk-1" not in printed
+
+
 def test_nothing_is_scored():
     empty = summarise([{"id": "a", "score": None, "problem": "policy_error: no", "broken": None, "words": None}])
     assert (empty["mean"], empty["followed"], empty["broken"], empty["words"]) == (None,) * 4
@@ -117,7 +127,7 @@ def test_nothing_is_scored():
 def folder_of(path, scores, function="f"):
     path.mkdir()
     rows = [
-        {"id": f"r{index}", "prompt": [{"role": "user", "content": f"<b>{index}</b>?"}], "answer": "It is.",
+        {"id": f"r{index}", "prompt": [{"role": "user", "content": f"<b>{index}</b>?"}], "answer": "It\x07 is.",
          "score": one, "problem": None, "broken": None, "words": 2, "kind": "length"}
         for index, one in enumerate(scores)
     ]  # fmt: skip
@@ -153,6 +163,7 @@ def test_the_report_shows_scores_side_by_side(tmp_path, capsys):
     assert "after follows more than before: +88 points" in text
     assert "length 0.0% (0.0% to 32.4%) 87.5% (52.9% to 97.8%)" in text
     assert "<b>7</b>" not in page
+    assert "It\ufffd is." in page  # HTML allows no such character
     assert "score 0.25" in text
 
 

@@ -43,14 +43,14 @@ class Row(NamedTuple):
 def bench(
     *, files: list[str], model: str | None, batch_size: int, repeats: int, only: str | None, **building: Any
 ) -> list[Row]:
-    """Measure `CASES`, the demo's pairs, the pairs of each file and `WIDE`; on CUDA without a model, `LARGE`.
+    """Measure `CASES`, the CLAIR pairs, the pairs of each file and `WIDE`; on CUDA without a model, `LARGE`.
 
     `building` are the other arguments of `build_model`; a device or dtype of None has a default.
     """
     device = building["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     sources: dict[str, Any] = dict(cases.LARGE)
     if model or not device.startswith("cuda"):
-        paths = {"the demo's pairs": str(DEMO_PAIRS / "train.jsonl")} | {Path(file).name: file for file in files}
+        paths = {"the CLAIR pairs": str(DEMO_PAIRS / "train.jsonl")} | {Path(file).name: file for file in files}
         sources = cases.CASES | paths | ({} if model else cases.WIDE)
     selected = [(name, source) for name, source in sources.items() if only is None or only in name]
     rows: list[Row] = []

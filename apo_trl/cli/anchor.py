@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from apo_trl.cli.options import add_command, exit_if_stopped, judging_keys, positive_int
+from apo_trl.cli.options import JUDGE, MODEL, OUTPUT, add_command, answering_keys, exit_if_stopped, positive_int
 from apo_trl.errors import InputError
 from apo_trl.io.files import write_json
 from apo_trl.pairs import check_installed
@@ -15,26 +15,21 @@ from apo_trl.training.threads import choose_threads
 
 def add(commands: Any) -> None:
     help = "measure whether chosen answers beat the policy's own, and suggest a loss"
-    example = "--dataset apo_trl/demo/pairs --policy SmolLM2-135M-Instruct \\\n"
+    example = "--policy SmolLM2-135M-Instruct --dataset apo_trl/demo/pairs \\\n"
     example += "    --chosen_score chosen_score --policy_score rejected_score"
     files = "pairs, and answers and verdicts of models or columns", "anchor.json, and pairs.jsonl with chosen_wins"
-    usage = "%(prog)s --dataset PAIRS --policy MODEL [--key value ...]"
+    usage = "%(prog)s --policy MODEL --dataset PAIRS [--key value ...]"
     parser = add_command(commands, "anchor", run, help, example, *files, usage=usage)
+    parser.add_argument("--policy", required=True, metavar="MODEL", help=MODEL.format("policy"))
     parser.add_argument("--dataset", required=True, metavar="PAIRS", help="a file, a folder or a hub name")
-    parser.add_argument(
-        "--policy",
-        required=True,
-        metavar="MODEL",
-        help="model to be trained: a folder or hub name, or a name at --policy_base_url",
-    )
-    parser.add_argument("--judge", metavar="MODEL", help="model that judges, the same way; or set --judge_function")
     parser.add_argument("--split", default="train", help="split of the dataset (default: %(default)s)")
     parser.add_argument("--limit", type=positive_int, default=200, metavar="N", help="pairs (default: %(default)s)")
-    parser.add_argument("--output_dir", metavar="DIR", help="(default: runs/anchor/NAME)")
+    parser.add_argument("--judge", metavar="MODEL", help=JUDGE)
+    parser.add_argument("--output_dir", metavar="DIR", help=OUTPUT.format("runs/anchor/NAME"))
     parser.add_argument("--policy_response", metavar="COLUMN", help="the policy's answers, if not sampled")
     parser.add_argument("--chosen_score", metavar="COLUMN", help="scores of chosen answers, without a judge")
     parser.add_argument("--policy_score", metavar="COLUMN", help="scores of the policy's own answers")
-    add_arguments(parser, judging_keys())
+    add_arguments(parser, answering_keys("policy_", "judge_"))
 
 
 def run(

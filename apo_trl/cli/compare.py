@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from apo_trl.cli.options import add_command, exit_if_stopped, judging_keys
+from apo_trl.cli.options import JUDGE, MODEL, OUTPUT, PROMPTS, add_command, answering_keys, exit_if_stopped
 from apo_trl.pairs import check_installed
 from apo_trl.pairs.config.settings import add_arguments, make_settings
 
@@ -14,14 +14,14 @@ def add(commands: Any) -> None:
     files = "prompts, and replies of A, B and the judge", "compare.json, with every prompt, to output_dir"
     usage = "%(prog)s --a MODEL --b MODEL --prompts FILE --judge MODEL\n       [--key value ...]"
     parser = add_command(commands, "compare", run, help, example, *files, usage=usage)
-    parser.add_argument("--a", required=True, metavar="MODEL", help="a folder, a hub name, or a name at a_base_url")
-    parser.add_argument("--b", required=True, metavar="MODEL", help="a folder, a hub name, or a name at b_base_url")
-    parser.add_argument("--prompts", required=True, metavar="FILE", help="prompts, as for `apo-trl pairs build`")
-    parser.add_argument("--judge", metavar="MODEL", help="model that judges; or set --judge_function")
-    parser.add_argument("--a_base_url", metavar="URL", help="server of A (default: in this process)")
-    parser.add_argument("--b_base_url", metavar="URL", help="server of B (default: in this process)")
-    parser.add_argument("--output_dir", default="runs/compare", metavar="DIR", help="(default: %(default)s)")
-    add_arguments(parser, judging_keys() - {"policy_base_url"} | {"max_prompts", "prompts_split"})
+    for name in ("a", "b"):
+        parser.add_argument(f"--{name}", required=True, metavar="MODEL", help=MODEL.format(name))
+        parser.add_argument(f"--{name}_base_url", metavar="URL", help=f"server of {name} (default: in this process)")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help=PROMPTS)
+    parser.add_argument("--judge", metavar="MODEL", help=JUDGE)
+    parser.add_argument("--output_dir", default="runs/compare", metavar="DIR", help=OUTPUT.format("%(default)s"))
+    keys = answering_keys("policy_", "judge_") - {"policy_base_url"}
+    add_arguments(parser, keys | {"max_prompts", "prompts_split"})
 
 
 def run(a: str, b: str, a_base_url: str | None, b_base_url: str | None, judge: str | None, **keys: Any) -> None:

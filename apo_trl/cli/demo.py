@@ -6,11 +6,13 @@ from apo_trl.cli.options import add_command, positive_int
 
 
 def add(commands: Any) -> None:
-    help, files = "train a small model with APO on a CPU, in minutes", ("packaged pairs", "an adapter and report.png")
-    parser = add_command(commands, "demo", run, help, "--max_steps 48", *files)
+    help = "train a small model with APO on a CPU, and score its answers before and after"
+    files = "packaged prompts", "an adapter, its pairs, its answers before and after, and report.png"
+    parser = add_command(commands, "demo", run, help, "--seed 1", *files)
     parser.add_argument("--model", help="a model folder or hub name (default: the packaged SmolLM2-135M-Instruct)")
     parser.add_argument("--output_dir", default="runs/demo", metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--max_steps", type=positive_int, metavar="N", help="(default: the recipe's)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and training (default: 0)")
 
 
 def run(output_dir: str, **options: Any) -> None:

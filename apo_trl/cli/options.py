@@ -8,7 +8,13 @@ from typing import Any, NoReturn
 from apo_trl.errors import nearest
 from apo_trl.pairs.config.settings import known_keys, unknown_key
 
-__all__ = ["Parser", "add_command", "exit_if_stopped", "judging_keys", "positive_int", "stopped_line"]
+__all__ = ["JUDGE", "MODEL", "OUTPUT", "PROMPTS", "Parser", "add_command", "answering_keys", "exit_if_stopped"]
+__all__ += ["positive_int", "stopped_line"]
+
+MODEL = "model or adapter: a folder, a hub name, or a name at --{}_base_url"
+JUDGE = "model that judges; or set --judge_function"
+PROMPTS = "prompts, as for `apo-trl pairs build`"
+OUTPUT = "folder of results and cache; the same again resumes (default: {})"
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,7 +35,7 @@ class Parser(argparse.ArgumentParser):
             option, known = rest[0].split("=")[0], self._option_string_actions
             if not option.startswith("--"):
                 self.error("one argument too many")
-            if "api_key" in option and "--judge_api_key_env" in known:
+            if "api_key" in option and "--policy_api_key_env" in known:
                 self.error(unknown_key(option[2:], known))
             self.error(f"{option}: unknown option.{nearest(option, known)}")
         return options, []
@@ -57,10 +63,10 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def judging_keys() -> set[str]:
-    """Return the keys of `apo-trl pairs` that `anchor` and `compare` have, too."""
-    roles = {key for key in known_keys() if key.startswith(("policy_", "judge_")) and not key.endswith("_model")}
-    return roles | {"seed", "concurrency", "max_requests", "max_cost", "max_failures", "function_timeout"}
+def answering_keys(*roles: str) -> set[str]:
+    """Return the keys of `apo-trl pairs` for roles, as `policy_`, that `anchor`, `compare` and `score` have, too."""
+    of_roles = {key for key in known_keys() if key.startswith(roles) and not key.endswith("_model")}
+    return of_roles | {"seed", "concurrency", "max_requests", "max_cost", "max_failures", "function_timeout"}
 
 
 def exit_if_stopped(reason: str) -> None:

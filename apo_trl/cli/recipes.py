@@ -6,7 +6,7 @@ from typing import Any
 
 from apo_trl.cli.options import add_command, positive_int
 from apo_trl.errors import InputError
-from apo_trl.io.resources import find_recipe, hardware, pairs_names, recipe_names
+from apo_trl.io.resources import find_recipe, hardware, recipe_names
 from apo_trl.training.console import quiet_libraries
 
 _TABLE = "nothing; prints a table"
@@ -45,8 +45,9 @@ def list_recipes() -> None:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
-    print(f"\nFor `apo-trl pairs build`: {', '.join(pairs_names())}")
-    print("For `apo-trl rounds`: rounds/instructions")
+    print()
+    for folder, command in (("pairs", "pairs build"), ("rounds", "rounds")):
+        print(f"For `apo-trl {command}`: {', '.join(recipe_names(folder))}")
 
 
 def show(name: str) -> None:

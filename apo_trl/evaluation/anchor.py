@@ -20,7 +20,7 @@ from apo_trl.io.readers import valid_rows
 from apo_trl.io.rows import normalise_row
 from apo_trl.pairs.config.settings import Settings
 from apo_trl.pairs.judging import duel
-from apo_trl.pairs.llm.requests import Dropped, Requester
+from apo_trl.pairs.llm.requests import Requester
 from apo_trl.pairs.methods import own_answers
 from apo_trl.pairs.prompts import Answer, Record, columns_of
 from apo_trl.pairs.statistics.statistics import Statistics
@@ -58,14 +58,14 @@ def anchor(
     """
     rest: dict[str, Any] = {"judge": {}, "thoughts": {}, "stopped": ""}
     if scores:
-        results = [("", "", {"chosen": _by_scores(index, rows[index], scores, settings)}) for index in indices]
+        results = [("", "", "", {"chosen": _by_scores(index, rows[index], scores, settings)}) for index in indices]
     else:
         records = [_record(index, rows[index], response) for index in indices]
         if settings.functions:
             records = [record._replace(columns=columns_of(rows[record.position])) for record in records]
         results, rest = judge_records(settings, records, _compare)
-    verdicts = {index: verdict for index, (_, reason, verdict) in zip(indices, results, strict=True) if not reason}
-    rest["dropped"] = dict(Counter(reason for _, reason, _ in results if reason))
+    verdicts = {index: verdict for index, (_, reason, _, verdict) in zip(indices, results, strict=True) if not reason}
+    rest["dropped"] = dict(Counter(reason for _, reason, *_ in results if reason))
     sides = {side: [each[side] for each in verdicts.values() if side in each] for side in ("chosen", "rejected")}
     counts = {side: count_outcomes(outcomes, "wins", "losses") for side, outcomes in sides.items() if outcomes}
     chosen = Counter(counts.get("chosen"))
@@ -117,8 +117,6 @@ def _record(index: int, row: Mapping[str, Any], response: str | None) -> Record:
 
 
 async def _compare(requester: Requester, settings: Settings, record: Record, notes: dict[str, Any]) -> dict[str, str]:
-    if record.fault:
-        raise Dropped(record.reason, record.fault)
     chosen, rejected, *stored = record.answers
     own = stored[0] if stored else (await own_answers(requester, settings, record._replace(answers=()), 1))[0]
     return {

@@ -11,7 +11,7 @@ from apo_trl.evaluation.judged import POINTS, count_outcomes, judge_records, no_
 from apo_trl.io.files import write_json
 from apo_trl.pairs.config.settings import Settings
 from apo_trl.pairs.judging import duel
-from apo_trl.pairs.llm.requests import Dropped, Requester, gather_all
+from apo_trl.pairs.llm.requests import Requester, gather_all
 from apo_trl.pairs.methods import sample
 from apo_trl.pairs.prompts import PromptSource, Record
 
@@ -26,7 +26,7 @@ def compare(settings: Settings) -> dict[str, Any]:
     if len(settings.policy) != 2:
         raise InputError(f"policy_model: must be two models, got {len(settings.policy)}. Set --a and --b.")
     results, judged = judge_records(settings, list(PromptSource(settings)), _match)
-    rows = [{"id": name, "reason": reason} | (result or {}) for name, reason, result in results]
+    rows = [{"id": name, "reason": reason} | (result or {}) for name, reason, _, result in results]
     models = {name: role.public_model for name, role in zip("ab", settings.policy, strict=True)}
     report = {**models, **summarise(rows), **judged, "settings": settings.described(), "rows": rows}
     write_json(settings.folder / "compare.json", report)
@@ -34,8 +34,6 @@ def compare(settings: Settings) -> dict[str, Any]:
 
 
 async def _match(requester: Requester, settings: Settings, record: Record, notes: dict[str, Any]) -> dict[str, Any]:
-    if record.fault:
-        raise Dropped(record.reason or "bad_row", record.fault)
     [a], [b] = await gather_all(*(sample(requester, role, record, 1) for role in settings.policy))
     outcome = await duel(requester, settings, record, a, b, notes)
     return {"outcome": outcome, "a_length": len(a.text), "b_length": len(b.text)}

@@ -1,4 +1,4 @@
-"""What `anchor` and `compare` share: records put before a judge, and what each outcome counts."""
+"""What `anchor`, `compare` and `score` share: records put before a judge, and what each outcome counts."""
 
 import json
 from collections import Counter
@@ -20,18 +20,18 @@ POINTS = {"first": 1.0, "second": 0.0, "tie": 0.5, "disagreement": 0.5}
 
 def judge_records(
     settings: Settings, records: Sequence[Record], make: Make
-) -> tuple[list[tuple[str, str, Any]], dict[str, Any]]:
+) -> tuple[list[tuple[str, str, str, Any]], dict[str, Any]]:
     """Run `make` on every record, with the response cache of `settings.folder`.
 
-    Returns the id, the reason of a dropped record, and the result of each record; and a report with `judge`, the
-    judge's statistics, `functions`, `thoughts`, how many replies of each role had some, and `stopped`, the reason of an
-    early end.
+    Returns the id, the reason and the detail of a dropped record, and the result of each record; and a report with
+    `judge`, the judge's statistics, `functions`, `thoughts`, how many replies of each role had some, and `stopped`, the
+    reason of an early end.
     """
     check_templates(settings)
     with ResponseCache(settings.folder) as cache:
         servers = process_all(settings, records, cache, Progress(len(records)), make)
         rows, functions = list(cache.rows()), functions_used(settings, cache)
-    results = [(name, reason, json.loads(result) if result else None) for name, reason, _, result, _ in rows]
+    results = [(name, why, detail, json.loads(result) if result else None) for name, why, detail, result, _ in rows]
     judge = judged_summary(json.loads(notes) for *_, notes in rows)
     thoughts = dict(servers.requester.thoughts)
     return results, {"judge": judge, "functions": functions, "thoughts": thoughts, "stopped": servers.limits.stopped}

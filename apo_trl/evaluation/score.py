@@ -17,14 +17,12 @@ import pyarrow.parquet as pq
 from apo_trl.checks.repetition import broken, words
 from apo_trl.checks.rewards import FOLLOWED
 from apo_trl.evaluation.intervals import wilson
+from apo_trl.evaluation.judged import judge_records
 from apo_trl.io.files import atomic_write, write_json
 from apo_trl.models.packaged import resolve_model
-from apo_trl.pairs.build import check_templates, process_all
 from apo_trl.pairs.config.settings import Role, Settings
 from apo_trl.pairs.llm.requests import Dropped, Requester
-from apo_trl.pairs.llm.response_cache import ResponseCache
 from apo_trl.pairs.methods import with_system
-from apo_trl.pairs.progress import Progress
 from apo_trl.pairs.prompts import PromptSource, Record
 
 __all__ = ["score", "summarise", "table"]
@@ -40,18 +38,15 @@ def score(settings: Settings) -> dict[str, Any]:
     `function`, `settings`, `versions`, `date` and `stopped`, the reason of an early end. The same call again resumes.
     """
     records = list(PromptSource(settings))
-    check_templates(settings)
-    with ResponseCache(settings.folder) as cache:
-        servers = process_all(settings, records, cache, Progress(len(records)), _answer)
-        ended = list(cache.rows())
+    results, judged = judge_records(settings, records, _answer)
     rows = []
-    for record, (name, reason, detail, result, _) in zip(records, ended, strict=True):
-        found = json.loads(result) if result else {"problem": ": ".join(filter(None, (reason, detail)))}
-        answer = found.get("answer")
+    for record, (name, reason, detail, result) in zip(records, results, strict=True):
+        end = result or {"problem": ": ".join(filter(None, (reason, detail)))}
+        answer = end.get("answer")
         rows.append({
-            "id": name, "prompt": record.prompt, "answer": answer, "score": found.get("score"),
-            "problem": found.get("problem") or None, "broken": None if answer is None else broken(answer),
-            "words": None if answer is None else len(words(answer)), "finish": found.get("finish"),
+            "id": name, "prompt": record.prompt, "answer": answer, "score": end.get("score"),
+            "problem": end.get("problem") or None, "broken": None if answer is None else broken(answer),
+            "words": None if answer is None else len(words(answer)), "finish": end.get("finish"),
             **{key: value for key, value in record.columns.items() if key not in _OWN},
         })  # fmt: skip
     _write(rows, settings.folder / "answers.parquet")
@@ -60,7 +55,7 @@ def score(settings: Settings) -> dict[str, Any]:
         "model": role.public_model,
         "function": judge.public_model,
         **summarise(rows),
-        "stopped": servers.limits.stopped,
+        "stopped": judged["stopped"],
         "settings": {"prompts": Path(settings.prompts).name, **settings.described()},
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -73,8 +68,6 @@ _OWN = ("id", "prompt", "answer", "score", "problem", "broken", "words", "finish
 
 
 async def _answer(requester: Requester, settings: Settings, record: Record, notes: dict[str, Any]) -> dict[str, Any]:
-    if record.fault:
-        raise Dropped(record.reason or "bad_row", record.fault)
     role = settings.policy[0]
     messages = with_system(role, record)
     (reply,) = await requester.ask(role, "sample", messages, row=record.id, template=_version_of(role))

@@ -1,4 +1,4 @@
-"""Files of this package: recipes, hardware configurations, and the demo's pairs."""
+"""Files of this package: recipes, hardware configurations, and the CLAIR pairs."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import yaml
 from apo_trl.errors import InputError, nearest
 
 __all__ = ["DEMO_PAIRS", "accelerate_config", "check_path", "find_recipe", "hardware", "nearest_path", "packaged"]
-__all__ += ["pairs_names", "read_yaml", "recipe_folder", "recipe_names"]
+__all__ += ["read_yaml", "recipe_folder", "recipe_names"]
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -22,19 +22,12 @@ def recipe_folder() -> Path:
     return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
 
 
-def recipe_names() -> list[str]:
-    """Return the names of training recipes: paths without `.yaml`, such as `smollm2-135m/demo`."""
-    return [name for name in _names() if not name.startswith(("accelerate/", "pairs/", "rounds/"))]
-
-
-def pairs_names() -> list[str]:
-    """Return the names of the recipes for `apo-trl pairs`, such as `pairs/clair`."""
-    return [name for name in _names() if name.startswith("pairs/")]
-
-
-def _names() -> list[str]:
-    folder = recipe_folder()
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+def recipe_names(folder: str = "") -> list[str]:
+    """Return the names of the recipes in a folder, as `pairs`, or else of those for training: `smollm2-135m/demo`."""
+    root = recipe_folder()
+    paths = (root / folder).rglob("*.yaml")
+    names = sorted(path.relative_to(root).with_suffix("").as_posix() for path in paths)
+    return [name for name in names if folder or not name.startswith(("accelerate/", "pairs/", "rounds/"))]
 
 
 def packaged(path: str) -> Path | None:
@@ -61,7 +54,7 @@ def find_recipe(name: str) -> Path:
     """Return the YAML file of a path or of a recipe's name."""
     if Path(name).is_file():
         return Path(name)
-    known = [name for name in _names() if not name.startswith("accelerate/")]
+    known = [*recipe_names(), *recipe_names("pairs"), *recipe_names("rounds")]
     if name in known:
         return recipe_folder() / f"{name}.yaml"
     raise InputError(

@@ -144,6 +144,8 @@ async def each_row(
             notes: Notes = {"prompt": record.prompt[-1]["content"].strip()[:_SHOWN]} if record.prompt else {}
             result, reason, detail = None, "", ""
             try:
+                if record.fault:
+                    raise Dropped(record.reason, record.fault)
                 result = await make(requester, settings, record, notes)
             except Dropped as dropped:
                 reason, detail = dropped.reason, dropped.detail

@@ -36,7 +36,7 @@ def revise(
 
 
 def _answers(text: str, kind: str, argument: Any) -> bool:
-    demanded = str(argument) if kind in ("starts_with", "ends_with") else ""
+    demanded = str(argument) if kind == "ends_with" else ""
     return len(words(text)) >= len(words(demanded)) + _LEAST_WORDS and not broken(text)
 
 
@@ -62,9 +62,9 @@ def _shortened(text: str, words: str) -> str:
     return ""
 
 
-def _begun(text: str, start: str) -> str:
-    near = rf"^\W*{re.escape(start.rstrip(':'))}[ ,:.]+"  # as "In short," for "In short:"
-    return f"{start} {re.sub(near, '', text, flags=re.I)}"
+def _first_sentences(text: str, sentences: str) -> str:
+    ends = [match.end() for match in _SENTENCE.finditer(text)]
+    return text[: ends[int(sentences) - 1]] if len(ends) >= int(sentences) else ""
 
 
 def _ended(text: str, end: str) -> str:
@@ -75,7 +75,7 @@ def _ended(text: str, end: str) -> str:
 INSTRUCTIONS: dict[str, Callable[[str, Any], str]] = {
     "lowercase": lambda text, _: text.lower(),
     "max_words": _shortened,
-    "starts_with": _begun,
+    "max_sentences": _first_sentences,
     "ends_with": _ended,
 }
 """The change of each kind of instruction, which takes a text and the instruction's argument."""

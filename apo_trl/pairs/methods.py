@@ -21,8 +21,6 @@ __all__ = ["make_pair", "own_answers", "sample", "with_system"]
 
 async def make_pair(asker: Requester, settings: Settings, record: Record, notes: Notes) -> Pair:
     """Build the pair of one row by the recipe's method; `notes` receives the judge's results, for the report."""
-    if record.fault:
-        raise Dropped(record.reason or "bad_row", record.fault)
     pair = await _METHODS[settings.method](asker, settings, record, notes)
     if pair.chosen.text == pair.rejected.text:
         raise Dropped("identical")

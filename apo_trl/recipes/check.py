@@ -1,7 +1,8 @@
-"""Check a recipe, or any file for `apo-trl train` or `apo-trl pairs build`, against the installed classes."""
+"""Check a recipe, or any file for `apo-trl train`, `pairs build` or `rounds`, against the installed classes."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from apo_trl.errors import InputError
@@ -23,8 +24,11 @@ def check(name: str) -> list[Finding]:
     path = find_recipe(name)
     findings = list[Finding]()
     try:
-        if "method" in read_yaml(path):
+        values = read_yaml(path)
+        if "method" in values:
             _check_pairs_recipe(str(path))
+        elif "pairs" in values:
+            _check_rounds_recipe(str(path))
         else:
             from apo_trl.training.arguments import parse
 
@@ -45,6 +49,16 @@ def _check_pairs_recipe(path: str) -> None:
     from apo_trl.pairs.config.settings import parse
 
     check_templates(parse(path, {}, environment=False))
+
+
+def _check_rounds_recipe(path: str) -> None:
+    from apo_trl.pairs import check_installed
+
+    check_installed()
+    from apo_trl.rounds import run, settings
+
+    with TemporaryDirectory() as folder:
+        run.check(settings.parse(path).model_copy(update={"output_dir": folder}))
 
 
 def _settings(run: Any) -> Iterator[Finding]:

@@ -2,16 +2,16 @@
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader
 
 from apo_trl.errors import InputError
 from apo_trl.evaluation import report
 from apo_trl.evaluation.report.figures import png, style
+from apo_trl.evaluation.report.runs import read_log
 from apo_trl.io.files import atomic_write, read_json, write_json
+from apo_trl.io.html import render
 
 __all__ = ["disk_use", "write_page"]
 
@@ -22,12 +22,16 @@ def write_page(folder: Path, rounds: int) -> Path:
     summary = {"rounds": rows, "bytes": disk_use(folder)}
     write_json(folder / "summary.json", summary)
     kinds = sorted({kind for row in rows for kind in row["kinds"]})
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     css = Path(str(report.__file__)).with_name("page.css").read_text(encoding="utf-8")
-    html = environment.get_template("page.html.jinja").render(
-        rows=rows, kinds=kinds, css=css, name=folder.resolve().name, version=version("apo-trl"), size=summary["bytes"],
+    html = render(
+        Path(__file__).with_name("page.html.jinja"),
+        rows=rows,
+        kinds=kinds,
+        css=css,
+        name=folder.resolve().name,
+        size=summary["bytes"],
         picture=b64encode(_figure(rows)).decode(),
-    )  # fmt: skip
+    )
     path = folder / "rounds.html"
     with atomic_write(path) as beside:
         beside.write_text(html, encoding="utf-8")
@@ -44,13 +48,13 @@ def _round(folder: Path, number: int) -> dict[str, Any]:
     if not isinstance(score, dict) or score.get("followed") is None:
         remedy = f"See {folder}/score.log, remove {folder}/score.json, and run again"
         raise InputError(f"{folder}/score/score.json: damaged, or no answer has a score. {remedy}.")
-    row: dict[str, Any] = {"round": number, "followed": score["followed"], "kinds": {}}
+    row = {"round": number} | {key: score[key] for key in ("followed", "broken", "words")}
     row["kinds"] = {kind: part["followed"] for kind, part in score["by_kind"].items()}
-    row |= {"broken": score["broken"], "words": score["words"]}
     if number:
         row["pairs"] = read_json(folder / "pairs" / "report.json")["kept"]
-        log = read_json(folder / "policy" / "trainer_state.json")["log_history"]
-        row["displaced"] = next((entry["apo/displaced"] for entry in reversed(log) if "apo/displaced" in entry), None)
+        log = read_log(read_json(folder / "policy" / "trainer_state.json")["log_history"])
+        shares = [*log.get("apo/displaced", {}).values()]
+        row["displaced"] = fmean(shares[len(shares) // 2 :]) if shares else None
     markers = [read_json(folder / f"{name}.json") for name in ("pairs", "train", "merge", "score")]
     row["seconds"] = round(sum(marker["seconds"] for marker in markers if marker), 1)
     return row

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.error import HTTPError
 
 from apo_trl.errors import InputError
 
@@ -33,7 +34,7 @@ def run_command(arguments: Sequence[str], log: Path, field: str) -> None:
 
 
 class Server:
-    """A server of one model at a time, started by any command line with `{model}` and `{port}`."""
+    """A server of one model at a time, started by any command line with `{model}` and `{port}`. To be stopped."""
 
     def __init__(self, command: str, timeout: float, log: Path) -> None:
         self._command, self._timeout, self._log = command, timeout, log
@@ -58,16 +59,12 @@ class Server:
         except OSError as error:
             raise InputError(f"policy_serve: '{words[0]}' cannot be started ({error.strerror}). Install it.") from error
         self._serves, self._root = model, f"http://127.0.0.1:{port}"
-        try:
-            self._wait(self._process)
-        except BaseException:
-            self.stop()
-            raise
+        self._wait(self._process)
         return f"{self._root}/v1"
 
     def _wait(self, process: "subprocess.Popen[bytes]") -> None:
         end = time.monotonic() + self._timeout
-        while not any(map(_responds, (f"{self._root}/health", f"{self._root}/v1/models"))):
+        while not _is_ready(f"{self._root}/health"):
             if (status := process.poll()) is not None:
                 raise InputError(
                     f"policy_serve: {_ended(status)} before it was ready; {_tail(self._log)} See {self._log}."
@@ -102,20 +99,23 @@ def _start(command: Sequence[str], log: Path, at_our_end: signal.Signals) -> "su
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
     try:
-        if process.poll() is None:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_GRACE)
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def _responds(url: str) -> bool:
-    with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(url, timeout=2) as response:
-        return bool(response.status == 200)
-    return False
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except HTTPError as error:  # llama.cpp lists its model while it loads it, with 503 at /health
+        return error.code == 404 and url.endswith("/health") and _is_ready(url.replace("/health", "/v1/models"))
+    except (OSError, ValueError):
+        return False
 
 
 def _ended(status: int) -> str:

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from apo_trl.io.files import atomic_write, read_json, write_json
 from apo_trl.io.readers import read_rows
 from apo_trl.io.resources import packaged
 from apo_trl.models.merge import DTYPES
+from apo_trl.models.packaged import resolve_model
 from apo_trl.pairs.config.settings import make_settings
 from apo_trl.rounds.page import write_page
 from apo_trl.rounds.processes import Server, run_command
@@ -69,7 +71,7 @@ class _Rounds:
             self._server = Server(settings.policy_serve, settings.policy_serve_timeout, folder / "serve.log")
         self._stages = ["pairs", "train", *["merge"] * settings.merges, "score"]  # of a round
         self._left = ["score", *self._stages * settings.rounds]
-        self._seconds: dict[str, list[float]] = {}
+        self._seconds: dict[str, float] = {}  # of the last run of each stage
 
     def stop(self) -> None:
         if self._server is not None:
@@ -100,22 +102,20 @@ class _Rounds:
         folder, field = self._folder(number), f"round {number}, {name}"
         marker = folder / f"{name}.json"
         done = read_json(marker)
-        if resumed := done is not None:
-            seconds = done["seconds"]
-        else:
+        if is_new := done is None:
+            keep_settings(self.settings, self.folder)  # a function may have been edited during the last stage
             print(f"Round {number} of {self.settings.rounds}: {name} ...", flush=True)
             started = time.monotonic()
-            values, arguments = getattr(self, f"_{name}")(number)
-            run_command(arguments, folder / f"{name}.log", field)
+            run_command(getattr(self, f"_{name}")(number), folder / f"{name}.log", field)
             if name == "pairs" and not read_json(folder / "pairs" / "report.json")["complete"]:
                 log = folder / "pairs.log"
                 raise InputError(f"{field}: some requests failed. See {log}, and run the same command again.")
-            seconds = round(time.monotonic() - started, 1)
-            write_json(marker, {"seconds": seconds, "settings": values})
+            done = {"seconds": round(time.monotonic() - started, 1)}
+            write_json(marker, done)
         self._left.remove(name)
-        self._seconds.setdefault(name, []).append(seconds)
-        if not resumed:
-            print(f"  {_minutes(seconds)}{self._time_left()}", flush=True)
+        self._seconds[name] = done["seconds"]
+        if is_new:
+            print(f"  {timedelta(seconds=round(done['seconds']))}{self._time_left()}", flush=True)
         if name == "train":
             for checkpoint in (folder / "policy").glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
@@ -123,21 +123,21 @@ class _Rounds:
     def _time_left(self) -> str:
         if not self._left or not self._seconds.keys() >= {*self._left}:
             return ""
-        means = {name: sum(each) / len(each) for name, each in self._seconds.items()}
-        return f"; about {_minutes(sum(means[name] for name in self._left))} left"
+        return f"; about {timedelta(seconds=round(sum(self._seconds[name] for name in self._left)))} left"
 
     def _policy(self, number: int) -> dict[str, str]:
-        model = self._model(number)
-        return {"model": model} | ({"base_url": self._server.url(model)} if self._server is not None else {})
+        model = resolve_model(self._model(number))  # a server does not know the name of the packaged one
+        server = {} if self._server is None else {"policy_base_url": self._server.url(model)}
+        return {"policy_model": model} | server
 
-    def _pairs(self, number: int) -> tuple[dict[str, Any], list[str]]:
+    def _pairs(self, number: int) -> list[str]:
         settings, folder = self.settings, self._folder(number)
         values = settings.pairs | {"output_dir": str(folder / "pairs"), "seed": settings.seed + number}
         if settings.prompts_per_round is not None:
             values["prompts"] = str(self._prompts(number, settings.prompts_per_round))
-        values |= {f"policy_{key}": value for key, value in self._policy(number - 1).items()}
+        values |= self._policy(number - 1)
         _write_yaml(folder / "pairs.yaml", values)
-        return values, ["pairs", "build", str(folder / "pairs.yaml")]
+        return ["pairs", "build", str(folder / "pairs.yaml")]
 
     def _prompts(self, number: int, count: int) -> Path:
         """Write the prompts of a round: the next ones of all, in a random order, and again from the first."""
@@ -151,7 +151,7 @@ class _Rounds:
             beside.write_text("".join(json.dumps(row, default=str) + "\n" for row in chosen), encoding="utf-8")
         return path
 
-    def _train(self, number: int) -> tuple[dict[str, Any], list[str]]:
+    def _train(self, number: int) -> list[str]:
         self.stop()  # the memory is the training's
         settings, folder = self.settings, self._folder(number)
         values = settings.train | {
@@ -163,25 +163,22 @@ class _Rounds:
         if settings.reference == "first_model" and number > 1:
             values["ref_model_name_or_path"] = settings.model_name_or_path
         _write_yaml(folder / "train.yaml", values)
-        return values, ["train", str(folder / "train.yaml")]
+        return ["train", str(folder / "train.yaml")]
 
-    def _merge(self, number: int) -> tuple[dict[str, Any], list[str]]:
+    def _merge(self, number: int) -> list[str]:
         folder, dtype = self._folder(number), str(self.settings.train.get("dtype", "float32"))
         shutil.rmtree(folder / "merged", ignore_errors=True)  # of a run that was killed before the marker
         arguments = ["merge", str(folder / "policy"), "--output_dir", str(folder / "merged")]
-        arguments += ["--dtype", dtype] if dtype in DTYPES else []  # not rounded below what training computes in
-        return {"adapter": arguments[1], "dtype": dtype}, arguments
+        return arguments + (["--dtype", dtype] if dtype in DTYPES else [])  # not below what training computes in
 
-    def _score(self, number: int) -> tuple[dict[str, Any], list[str]]:
-        values = self.settings.score | {"output_dir": str(self._folder(number) / "score")}
-        policy = self._policy(number)
-        values |= {"model": policy["model"]}
-        values |= {"policy_base_url": policy["base_url"]} if "base_url" in policy else {}
-        words: list[str] = []
+    def _score(self, number: int) -> list[str]:
+        values = self.settings.score | {"output_dir": str(self._folder(number) / "score")} | self._policy(number)
+        values["model"] = values.pop("policy_model")
+        words = ["score"]
         for key, value in values.items():
             texts = [value if isinstance(value, str) else json.dumps(value)] if not isinstance(value, list) else value
             words += [f"--{key}", *map(str, texts)]
-        return values, ["score", *words]
+        return words
 
     def _tidy(self, number: int) -> None:
         """Remove weights that no later round reads; logs and pairs stay."""
@@ -199,7 +196,3 @@ class _Rounds:
 def _write_yaml(path: Path, values: dict[str, Any]) -> None:
     with atomic_write(path) as beside:
         beside.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

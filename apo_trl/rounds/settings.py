@@ -1,7 +1,8 @@
 """Read and check the settings of `apo-trl rounds`: keys of the run, and a section of keys for each command."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from apo_trl.errors import InputError, nearest
 from apo_trl.io.files import read_json, write_json
 from apo_trl.io.resources import find_recipe, packaged, read_yaml
+from apo_trl.pairs.functions.process import load_function, source_of
 
 __all__ = ["SECTIONS", "Settings", "keep_settings", "parse"]
 
@@ -76,9 +78,7 @@ def parse(recipe: str, options: Sequence[str] = ()) -> Settings:
             raise InputError(f"{section}.{taken[0]}: set by the run. Remove it.")
     for placeholder in ("{model}", "{port}"):
         if settings.policy_serve is not None and placeholder not in settings.policy_serve:
-            raise InputError(
-                f"policy_serve: {placeholder} is missing. Write it as 'vllm serve {{model}} --port {{port}}'."
-            )
+            raise InputError(f"policy_serve: {placeholder} is missing. Write 'vllm serve {{model}} --port {{port}}'.")
     return settings
 
 
@@ -86,14 +86,11 @@ def keep_settings(settings: Settings, folder: Path) -> None:
     """Store the settings of a run in its folder, or check that they are those of the run that it holds.
 
     Raises:
-        InputError: A setting that determines results, or the content of a prompts file, has changed.
+        InputError: A setting that determines results, or the content of a file or function that it names, has changed.
     """
-    flat = _flat(settings.model_dump(exclude=_MAY_CHANGE))
-    for section in ("pairs", "score"):
-        path = Path(str(settings.model_dump()[section].get("prompts")))
-        path = packaged(str(path)) or path
-        if path.is_file():
-            flat[f"{section}.prompts (content)"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    values = json.loads(json.dumps(settings.model_dump(exclude=_MAY_CHANGE), default=str))
+    flat = {f"{section}.{key}": value for section in SECTIONS for key, value in values.pop(section).items()} | values
+    flat |= {f"{name} (content)": content for name, value in flat.items() if (content := _content(name, value))}
     stored = read_json(folder / "settings.json")
     if isinstance(stored, dict):
         changed = sorted(key for key in flat.keys() | stored if flat.get(key) != stored.get(key))
@@ -106,12 +103,14 @@ def keep_settings(settings: Settings, folder: Path) -> None:
         write_json(folder / "settings.json", flat)
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    inside = {
-        f"{name}.{key}": each for name, value in values.items() if name in SECTIONS for key, each in value.items()
-    }
-    flat = {name: value for name, value in values.items() if name not in SECTIONS} | inside
-    return {
-        key: value if isinstance(value, (int, float, str, list, type(None))) else str(value)
-        for key, value in flat.items()
-    }
+def _content(name: str, value: Any) -> str:
+    """Return the SHA-256 of the function or file that a setting names, or "" if it names none."""
+    if value and name.endswith("_function"):
+        load_function.cache_clear()  # it may have changed since the last stage
+        try:
+            return source_of(str(value))
+        except InputError as error:
+            raise InputError(f"{name.removesuffix('function')}{error}") from error
+    path = packaged(str(value)) or Path(str(value))
+    is_file = name.endswith((".prompts", "_template")) and path.is_file()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if is_file else ""

@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, TrainerCallback
@@ -49,7 +49,7 @@ def checked_script(script: str, arguments: Sequence[str], settings: Sequence[str
 
 
 class _Arguments(list[str]):
-    """`sys.argv`, which records what the script reads of it."""
+    """`sys.argv`, or what a parser leaves of it, which records what the script reads of it."""
 
     def __init__(self, argv: Sequence[str]) -> None:
         super().__init__(argv)
@@ -71,19 +71,12 @@ class _Arguments(list[str]):
         self.copied.update(self.given)
         return super().__iter__()
 
-    def __add__(self, other: Any) -> Any:
-        return self[:] + other
-
     def copy(self) -> Any:
         return self[:]
 
     def index(self, argument: Any, *bounds: Any) -> int:
         self.read.add(argument)
         return super().index(argument, *bounds)
-
-    def remove(self, argument: Any) -> None:
-        self.read.add(argument)
-        super().remove(argument)
 
     def pop(self, index: Any = -1) -> str:
         argument = super().pop(index)
@@ -101,7 +94,9 @@ class _Arguments(list[str]):
             self.copied.difference_update(args)
             self.read.update(set(args).difference(unknown))
             self.known.update(parser._option_string_actions)
-        return namespace, _Leftover(unknown, self.read)
+        leftover = _Arguments(unknown)
+        leftover.given, leftover.read, leftover.copied = unknown, self.read, self.copied
+        return namespace, leftover
 
     def set_defaults_with_config(self, original: Any, parser: Any, **config: Any) -> Any:
         unknown = original(parser, **config)  # keys of the `--config` file, as options with their values
@@ -116,18 +111,6 @@ class _Arguments(list[str]):
             starts = not options or re.match("--?[A-Za-z]", argument)
             options.append([argument]) if starts else options[-1].append(argument)
         return options
-
-
-class _Leftover(list[str]):
-    """What a parser of the script does not know; the script reads it if it goes through it after that."""
-
-    def __init__(self, arguments: Sequence[str], read: set[str]) -> None:
-        super().__init__(arguments)
-        self._read = read
-
-    def __iter__(self) -> Iterator[str]:
-        self._read.update(self[:])
-        return super().__iter__()
 
 
 class _Check(TrainerCallback):
@@ -205,12 +188,9 @@ class _Check(TrainerCallback):
 
 class _Parser(HfArgumentParser):
     def __init__(self, config_class: Any) -> None:
-        super().__init__(config_class, allow_abbrev=False, add_help=False)
+        super().__init__(config_class, allow_abbrev=False, add_help=False, exit_on_error=False)
         for action in self._actions:
             action.default, action.required = argparse.SUPPRESS, False
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message.split(": ", 1)[-1])
 
     parse_known_args = argparse.ArgumentParser.parse_known_args  # not recorded
 
@@ -220,7 +200,7 @@ _parser = functools.cache(_Parser)
 
 def _parse(option: Sequence[str], config_class: Any) -> dict[str, Any]:
     """Return the field of a configuration that an option sets, or nothing if the option is the script's own."""
-    with contextlib.suppress(InputError):
+    with contextlib.suppress(argparse.ArgumentError):
         return vars(_parser(config_class).parse_known_args(option)[0])
     return {}
 
@@ -237,8 +217,8 @@ def _typed(settings: Sequence[str]) -> dict[str, Any]:
         items = yaml.safe_load(text) if text.startswith("[") else [text]
         try:
             values |= vars(_parser(APOConfig).parse_known_args([f"--{key}", *map(str, items)])[0])
-        except InputError as error:
-            raise InputError(f"--set: {key}: {error}.") from error
+        except argparse.ArgumentError as error:
+            raise InputError(f"--set: {key}: {error.message}.") from error
     return values
 
 

@@ -28,16 +28,15 @@ def report(runs: Sequence[str], output: str) -> Path:
     """
     path, named = Path(output), [(Path(folder), name) for folder, name in zip(runs, names(runs), strict=True)]
     if all(is_scored(folder) for folder, _ in named):
-        with atomic_write(path) as beside:
-            text = scores_page([read_scores(*each) for each in named])
-            beside.write_text(text, encoding="utf-8", errors="replace")
-        return path
-    loaded = [read_run(folder, name) for folder, name in named]
-    with style():
-        figures = all_figures(loaded)
-    _write_pictures(figures, path.with_name(f"{path.stem}_figures"))
+        html = scores_page([read_scores(*each) for each in named])
+    else:
+        loaded = [read_run(folder, name) for folder, name in named]
+        with style():
+            figures = all_figures(loaded)
+        _write_pictures(figures, path.with_name(f"{path.stem}_figures"))
+        html = page(loaded, figures)
     with atomic_write(path) as beside:
-        beside.write_text(page(loaded, figures), encoding="utf-8")
+        beside.write_text(html, encoding="utf-8")
     return path
 
 

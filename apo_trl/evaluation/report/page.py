@@ -2,19 +2,16 @@
 
 import json
 import math
-import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader
 
 from apo_trl.evaluation.provenance import described, trained_in
 from apo_trl.evaluation.report.conclusions import SHARES, comparison, conclusion, evaluated_in, share, unmoved
 from apo_trl.evaluation.report.figures import Panel
 from apo_trl.evaluation.report.runs import Run, evaluation_sets
+from apo_trl.io.html import render
 
 __all__ = ["page"]
 
@@ -30,9 +27,6 @@ Rows = dict[str, list[Cell]]  # the cells of each row of a table by its label, o
 
 def page(runs: Sequence[Run], figures: Mapping[str, Sequence[Panel]]) -> str:
     """Return the page of some runs, with the pictures of each kind in it."""
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"base64": b64encode, "displaced": _displaced, "shorten": _shorten}
     evaluated = [frozenset((row["prompt"], row["chosen"], row["rejected"]) for row in run.pairs or ()) for run in runs]
     records = [run.record for run in runs if run.record is not None]
     inputs = [{key: record.get(key) for key in ("model", "dataset", "date", "device")} for record in records]
@@ -41,10 +35,13 @@ def page(runs: Sequence[Run], figures: Mapping[str, Sequence[Panel]]) -> str:
     betas = {_setting(run, "beta")[0] for run in runs}
     moved = [run for run in runs if not unmoved(run)]
     comparable = len(moved) > 1 and all(evaluated) and len(set(evaluated)) == 1
-    html = environment.get_template("page.html.jinja").render(
+    return render(
+        Path(__file__).with_name("page.html.jinja"),
         runs=runs,
         figures=figures,
-        version=version("apo-trl"),
+        base64=lambda picture: b64encode(picture).decode(),
+        displaced=_displaced,
+        shorten=_shorten,
         conclusions=[conclusion(run) for run in runs],
         comparison=comparison(moved) if comparable else [],
         betas=sorted(betas) if len(betas) > 1 else [],
@@ -53,8 +50,6 @@ def page(runs: Sequence[Run], figures: Mapping[str, Sequence[Panel]]) -> str:
         settings=_rows(inputs, "not known") | {key: row for key, row in settings.items() if key not in repeated},
         versions=_rows([record["versions"] for record in records], "not installed"),
     )
-    # HTML allows neither most control characters nor half of a surrogate pair.
-    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]", "\ufffd", html)
 
 
 def _displaced(pairs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -1,18 +1,17 @@
 """The page of scored answers: what `apo-trl score` wrote to one or several folders, side by side."""
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2 import Environment, FileSystemLoader
 
 from apo_trl.checks.rewards import FOLLOWED
 from apo_trl.errors import InputError
 from apo_trl.evaluation.intervals import mean_interval
 from apo_trl.io.files import read_json
+from apo_trl.io.html import render
 
 __all__ = ["Scores", "comparison", "is_scored", "read_scores", "scores_page"]
 
@@ -46,14 +45,16 @@ def read_scores(folder: Path, name: str) -> Scores:
 
 def scores_page(runs: Sequence[Scores]) -> str:
     """Return the HTML page of some folders' scores, without scripts or links to other files."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     kinds = dict.fromkeys(kind for run in runs for kind in run.report["by_kind"])
     shares = {"Followed": [run.report["followed"] for run in runs]}
     shares |= {kind: [run.report["by_kind"].get(kind, {}).get("followed") for run in runs] for kind in kinds}
-    return environment.get_template("scores.html.jinja").render(
-        runs=runs, shares=shares, version=version("apo-trl"), conclusions=[_conclusion(run) for run in runs],
+    return render(
+        Path(__file__).with_name("scores.html.jinja"),
+        runs=runs,
+        shares=shares,
+        conclusions=[_conclusion(run) for run in runs],
         comparison=[comparison(runs[0], run) for run in runs[1:]],
-    )  # fmt: skip
+    )
 
 
 def _conclusion(run: Scores) -> str:

@@ -44,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser, keys: Container[str] | None =
     """Add every key as a flag, or only `keys`. The help shows what several roles have once, as `--ROLE_model`."""
     fields = {key: field for key, field in known_keys().items() if keys is None or key in keys}
     groups = {title: parser.add_argument_group(title) for title in ("prompts and sampling", "models", *_GROUPS)}
-    roles = [role for role in ROLES if f"{role}_temperature" in fields]
+    roles = [role for role in ROLES if f"{role}_max_tokens" in fields]
     lines = "\n".join(f"  {role:<8}  {ROLES[role]}" for role in roles)
-    groups["models"].description = f"ROLE is one of\n{lines}" if roles else None
+    groups["models"].description = f"ROLE is one of\n{lines}" if len(roles) > 1 else None
     for key in (key for key in Settings.model_fields if key in fields):
         title = next((title for title, part in _GROUPS.items() if key in part), "prompts and sampling")
         _add_argument(groups[title], key, fields[key], _help(fields[key]))

@@ -105,13 +105,13 @@ class FunctionProcess:
 
 
 def source_of(function: str) -> str:
-    """Return the SHA-256 of the file that defines a function. Raises InputError, as `load_function`."""
+    """Return the SHA-256 of a function, as `worker.load` computes it. Raises InputError, as `load_function`."""
     return str(load_function(function)["source"])
 
 
 @lru_cache
 def load_function(function: str) -> dict[str, Any]:
-    """Load a function in a process; return its `source`, the SHA-256 of its file, and the columns that it `needs`.
+    """Load a function in a process; return its `source`, a SHA-256, and the columns that it `needs`.
 
     Raises:
         InputError: It cannot be loaded.

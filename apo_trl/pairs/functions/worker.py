@@ -4,6 +4,7 @@ What the function prints is discarded, and so is what it reads.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -14,6 +15,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +27,7 @@ _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def main(name: str, kind: str, alarm: int) -> None:
-    """Load a function, write its file's hash and its columns, then the results of each call, as a length and JSON.
+    """Load a function, write its hash and its columns, then the results of each call, as a length and JSON.
 
     Args:
         name: As `load` takes it.
@@ -54,7 +56,7 @@ def main(name: str, kind: str, alarm: int) -> None:
 
 
 def load(name: str) -> tuple[Callable[..., Any], str]:
-    """Load `module:function` or `file.py:function`; return the function and the SHA-256 of the file that defines it."""
+    """Load `module:function` or `file.py:function`; return it, and the SHA-256 of its file and package's version."""
     place, _, attribute = name.rpartition(":")
     if place.endswith(".py"):
         sys.path.insert(0, str(Path(place).parent.resolve()))
@@ -66,8 +68,12 @@ def load(name: str) -> tuple[Callable[..., Any], str]:
     function = getattr(module, attribute)
     if not callable(function):
         raise TypeError(f"{attribute} is not a function")
-    file = inspect.getsourcefile(inspect.unwrap(function) if inspect.isroutine(function) else type(function))
-    return function, hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()
+    defined = inspect.unwrap(function) if inspect.isroutine(function) else type(function)
+    content = Path(str(inspect.getsourcefile(defined))).read_bytes()
+    if (package := defined.__module__.partition(".")[0]) != "_function":
+        with contextlib.suppress(PackageNotFoundError):  # editable installs list no packages
+            content += version(packages_distributions().get(package, [package])[0]).encode()
+    return function, hashlib.sha256(content).hexdigest()
 
 
 def _needed_columns(function: Callable[..., Any]) -> list[str]:

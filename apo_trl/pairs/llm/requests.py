@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from apo_trl.pairs.config.settings import Role, Settings
@@ -42,10 +43,7 @@ class RequestFailed(Exception):
 
 
 class Request(NamedTuple):
-    """A request for one completion; `body` is without `seed`, which some servers refuse.
-
-    `url_key` covers the URL too, as did the keys of earlier versions, whose caches are read.
-    """
+    """A request for one completion; `body` is without `seed`, which some servers refuse."""
 
     key: str
     role: Role
@@ -54,7 +52,6 @@ class Request(NamedTuple):
     sample: int
     body: dict[str, Any]
     seed: int
-    url_key: str = ""
 
 
 Send = Callable[[list[Request]], Awaitable[Mapping[str, Any]]]
@@ -92,7 +89,7 @@ class Requester:
     ) -> list[Reply]:  # fmt: skip
         """Return a completion of the messages for each sample. Raises Dropped or Stopped, as `send`."""
         requests = [self._request(role, step, messages, row, sample, template) for sample in samples]
-        bodies = {request.key: self._store.reply(request.key, request.url_key) for request in requests}
+        bodies = {request.key: self._store.reply(request.key) for request in requests}
         while missing := [request for request in requests if bodies[request.key] is None]:
             if waiting := {self._in_flight[request.key] for request in missing if request.key in self._in_flight}:
                 await asyncio.wait(waiting)  # for another row with an equal request
@@ -174,13 +171,21 @@ class Requester:
         parameters = parameters_of(role, role.max_tokens)
         # Serialised once, for the key and for the seed: this runs for every request of every run.
         text = json.dumps([messages, self._seed, sample])
-        source = {"step": step, "template": template, "messages": text, "model": role.model, "parameters": parameters}
-        url_key = reply_key(**source, base_url=role.base_url)
-        key = url_key if self._by_url else reply_key(**source)
+        source: dict[str, Any] = {"step": step, "template": template, "messages": text, "model": role.model}
+        source["parameters"] = parameters
+        if self._by_url:
+            source["base_url"] = role.base_url
+        if role.model and role.base_url is None and (weights := _weights(Path(role.model))):
+            source["weights"] = weights
         body = {"model": role.model, "messages": messages, **parameters}
-        return Request(
-            key, role, step, row, sample, body, int(hashlib.sha256(text.encode()).hexdigest()[:7], 16), url_key
-        )
+        seed = int(hashlib.sha256(text.encode()).hexdigest()[:7], 16)
+        return Request(reply_key(**source), role, step, row, sample, body, seed)
+
+
+def _weights(folder: Path) -> list[tuple[str, int, int]]:
+    """Return what shows that the weights in a folder are others, as after another training: names, sizes and times."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    return sorted((path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files)
 
 
 def parameters_of(role: Role, max_tokens: int | None) -> dict[str, Any]:

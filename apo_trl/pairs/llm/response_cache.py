@@ -110,10 +110,9 @@ class ResponseCache(contextlib.ExitStack):
         row = self._base.execute(statement, (key,)).fetchone()
         return json.loads(row[0]) if row else None
 
-    def reply(self, *keys: str) -> Any:
-        """Return the body of the cached response of the first of the keys that has one, or None."""
-        bodies = (self._json("SELECT body FROM replies WHERE key = ?", key) for key in keys)
-        return next((body for body in bodies if body is not None), None)
+    def reply(self, key: str) -> Any:
+        """Return the body of a cached response, or None."""
+        return self._json("SELECT body FROM replies WHERE key = ?", key)
 
     def add(
         self, key: str, body: str, *, role: str, step: str, row: str, sample: int, model: str, requests: int = 1,

@@ -94,7 +94,7 @@ def write(
 
 
 def functions_used(settings: Settings, store: ResponseCache) -> dict[str, dict[str, Any]]:
-    """Return the function of each role that has one: its name, the SHA-256 of its file, and its results of all runs."""
+    """Return the function of each role that has one: its name, the hash of its source, and its results of all runs."""
     return {
         role.name: {
             "function": role.public_model,

@@ -80,12 +80,8 @@ def remedy(reason: str, settings: Settings) -> str:
         if re.search(f"{role.name}_(template|max_tokens|temperature)", text):
             text = f"Correct {role.name}_function."
     for role in reversed([*settings.roles, *settings.functions]):  # of several policies, the first
-        own = role.model_dump() | {"model": role.public_model, "template": Path(role.template or "packaged").name}
-        own |= {"function": role.public_model} if role.function else {}
+        own = role.model_dump() | {"template": Path(role.template or "packaged").name}
+        own |= dict.fromkeys(("model", "function"), role.public_model)
         values |= {f"{role.name}_{name}": value for name, value in own.items()}
-
-    def with_value(match: re.Match[str]) -> str:
-        value = values.get(match[0], match)
-        return match[0] if value is match else f"{match[0]} (now {'null' if value is None else value})"
-
-    return re.sub(r"\b[a-z]+_[a-z_]+\b", with_value, text)
+    shown = {name: f"{name} (now {'null' if value is None else value})" for name, value in values.items()}
+    return re.sub(r"\b[a-z]+_[a-z_]+\b", lambda match: shown.get(match[0], match[0]), text)
