@@ -43,19 +43,25 @@ def planned() -> list[dict]:
     """Every run, the ones that decide most first: each seed is a whole table."""
     runs = [{"task": task, "data": "none", "method": "before", "seed": 0} for task in TASKS]
     for seed in SEEDS:
-        for task in TASKS:
-            at = {"task": task, "seed": seed}
+        of_tasks = [{"task": task, "seed": seed} for task in TASKS]
+        for at in of_tasks:
             runs += [at | {"data": data, "method": loss} for loss in LOSSES.values() for data in SETS]
-            runs += [at | {"data": "clair", "method": method} for method in ("sft", "apo_zero_norm", "apo_blend")]
+            runs += [at | {"data": "clair", "method": method} for method in ("sft", "apo_zero_norm")]
+        runs += [
+            of_tasks[0] | {"data": f"{share} %", "method": loss}
+            for share in SHARES
+            for loss in dict.fromkeys(("apo_zero", "apo_down", blend(share)))
+        ]
+        for at in of_tasks:
             runs += [at | {"data": "verifier", "method": "rloo"}, at | {"data": "reward model", "method": "rloo"}]
             runs += [at | {"data": "clair", "method": "rounds"}]
             runs += [at | {"data": "clair", "method": "apo_zero", "steps": 3 * STEPS}]
-        runs += [
-            {"task": "instructions", "data": f"{share} %", "method": loss, "seed": seed}
-            for share in SHARES
-            for loss in ("apo_zero", "apo_down", "apo_blend")
-        ]
     return runs
+
+
+def blend(share: int) -> str:
+    """Return the loss that APO-blend is at a share of better winners: one of the two that it blends at the ends."""
+    return {0: "apo_down", 100: "apo_zero"}.get(share, "apo_blend")
 
 
 @lru_cache

@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-from answers import LOSSES, SEEDS, SHARES, STEPS, TASKS, planned
+from answers import LOSSES, SEEDS, SHARES, STEPS, TASKS, blend, planned
 from evidence_figures import fill, table
 
 HERE = Path(__file__).parent
@@ -64,7 +64,7 @@ def rows(task: str) -> list[tuple[str, dict]]:
         for data, words in SETS.items()
         for loss, method in LOSSES.items()
     ]
-    named += [(f"revisions, {name}", {"data": "clair", "method": name}) for name in ("apo_zero_norm", "apo_blend")]
+    named += [("revisions, apo_zero_norm", {"data": "clair", "method": "apo_zero_norm"})]
     named += [(f"RLOO, {data}", {"data": data, "method": "rloo"}) for data in ("verifier", "reward model")]
     named += [(f"APO-zero, round {part}", {"data": "clair", "method": "rounds", "part": part}) for part in (1, 2, 3)]
     return [*named, ("APO-zero, 3 times the steps", {"data": "clair", "method": "apo_zero", "steps": 3 * STEPS})]
@@ -112,9 +112,9 @@ def main_table(results: list[dict], task: str) -> str:
 
 def shares_table(results: list[dict]) -> str:
     """The table of the anchor's advice: followed by the share of winners that beat the policy."""
-    methods = {"APO-zero": "apo_zero", "APO-down": "apo_down", "APO-blend": "apo_blend"}
     lines = []
     for share in SHARES:
+        methods = {"APO-zero": "apo_zero", "APO-down": "apo_down", "APO-blend": blend(share)}
         found = [of(results, "instructions", f"{share} %", method) for method in methods.values()]
         cells = [_share(matrix(one)) if one else "not run" for one in found]
         gap, _ = difference(
@@ -221,12 +221,14 @@ def draw(results: list[dict]) -> None:
         ("apo_down", "APO-down", orange, "s"),
         ("apo_blend", "APO-blend", green, "^"),
     ):
-        found = {share: of(results, "instructions", f"{share} %", method) for share in SHARES}
+        used = {share: blend(share) if method == "apo_blend" else method for share in SHARES}
+        found = {share: of(results, "instructions", f"{share} %", used[share]) for share in SHARES}
         points = {share: [100 * value for value in interval(matrix(one))] for share, one in found.items() if one}
         axes.plot(list(points), [point[0] for point in points.values()], f"{mark}-", color=colour, label=label)
         for share, (_, low, high) in points.items():
             axes.plot([share, share], [low, high], color=colour, linewidth=1)
-    axes.set(title="Winners that beat the policy", xlabel="share, %", ylabel="followed, %", ylim=(0, 100))
+    axes.set(xlim=(-5, 105), ylim=(0, 100), xlabel="share, %", ylabel="followed, %")
+    axes.set_title("Winners that beat the policy")
     axes.legend(frameon=False)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)

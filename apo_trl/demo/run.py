@@ -108,7 +108,7 @@ def _train(run: Any) -> tuple[Any, list[tuple[float, float]]]:
     trainer.save_model(run.training.output_dir)
     trainer.create_model_card(Path(run.training.output_dir).name)  # in the place of PEFT's empty one
     trainer.save_state()  # the logs, for `apo-trl report`
-    return trainer, points[-len(trainer.eval_dataset) :]
+    return trainer, points
 
 
 def _summarise(points: list[tuple[float, float]], beta: float) -> dict[str, float]:
@@ -130,9 +130,8 @@ def _table(summary: Mapping[str, Any], pairs: int, beta: float) -> list[str]:
     for name in ("", *after["by_kind"]):
         old, new = (part["by_kind"][name]["followed"] if name else part["followed"] for part in (before, after))
         label = f"    {name}" if name else "  instruction followed"
-        lines.append(
-            label.ljust(24) + "  ".join(f"{v:5.0%} ({low:.0%}-{high:.0%})".ljust(16) for v, low, high in (old, new))
-        )
+        shares = (f"{share:5.0%} ({low:.0%}-{high:.0%})".ljust(18) for share, low, high in (old, new))
+        lines.append(f"{label:<24}{''.join(shares)}".rstrip())
     lines.append("  broken answers".ljust(24) + f"{before['broken']:5.0%}".ljust(18) + f"{after['broken']:5.0%}")
     lines.append("  words".ljust(24) + f"{before['words']:5.0f}".ljust(18) + f"{after['words']:5.0f}")
     lines.append("  (greedy answers; in brackets 95 % confidence intervals)")
