@@ -82,8 +82,7 @@ def test_real_answers_are_not_broken(name, rows, most):
     [
         ("ends_with", "DONE", "DONE", "Rain is water. DONE"),
         ("ends_with", "DONE", "Sure thing DONE.", "Sure, one thing. DONE."),
-        ("starts_with", "In short:", "In short:", "In short: rain is water."),
-        ("starts_with", "In short:", "In short: yes, rain", "In short: yes, it rains"),
+        ("max_sentences", "1", "Rain falls.", "Rain falls from clouds."),
         ("lowercase", None, "so it", "so it is"),
         ("max_words", "20", "Rain!", "It is rain."),
         ("max_words", "20", "Rain is water. " * 3, "Rain is water. Snow is water too."),

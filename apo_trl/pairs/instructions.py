@@ -36,7 +36,7 @@ def revise(
 
 
 def _answers(text: str, kind: str, argument: Any) -> bool:
-    demanded = str(argument) if kind in ("starts_with", "ends_with") else ""
+    demanded = str(argument) if kind == "ends_with" else ""
     return len(words(text)) >= len(words(demanded)) + _LEAST_WORDS and not broken(text)
 
 
