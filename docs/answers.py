@@ -158,19 +158,18 @@ def train_pairs(model: str, pairs: list[dict], method: str, seed: int, steps: in
 
     torch.manual_seed(seed)
     columns = ("prompt", "chosen", "rejected", *(["chosen_wins"] if method == "apo_blend" else []))
-    rows = [{"chosen_wins": 1.0} | pair for pair in pairs]
     dtype = {"model_init_kwargs": {"dtype": "bfloat16"}}
     if method == "sft":
         from trl import SFTConfig, SFTTrainer
 
-        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+        rows = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
         config = SFTConfig(**_common(folder, seed, steps), **dtype)
         trainer = SFTTrainer(model, config, train_dataset=Dataset.from_list(rows), peft_config=_lora())
     else:
         from apo_trl import APOConfig, APOTrainer
 
         beta = BETA * mean_tokens(pairs) if method.endswith("_norm") else BETA
-        rows = [{name: row[name] for name in columns} for row in rows]
+        rows = [{name: pair[name] for name in columns} for pair in pairs]
         config = APOConfig(**_common(folder, seed, steps), **dtype, loss_type=method, beta=beta, max_length=1024)
         trainer = APOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), peft_config=_lora())
     logs = _run(trainer)

@@ -71,12 +71,19 @@ class _Arguments(list[str]):
         self.copied.update(self.given)
         return super().__iter__()
 
+    def __add__(self, other: Any) -> Any:
+        return self[:] + other
+
     def copy(self) -> Any:
         return self[:]
 
     def index(self, argument: Any, *bounds: Any) -> int:
         self.read.add(argument)
         return super().index(argument, *bounds)
+
+    def remove(self, argument: Any) -> None:
+        self.read.add(argument)
+        super().remove(argument)
 
     def pop(self, index: Any = -1) -> str:
         argument = super().pop(index)
