@@ -58,11 +58,9 @@ def _is_no_list_of_defaults(record: logging.LogRecord) -> bool:
 
 def enable_info_log() -> None:
     """Print what this package logs at level INFO, in the first process of each machine."""
-    logger = logging.getLogger("apo_trl")
-    logger.setLevel(logging.WARNING)  # whatever level a library gives to the root logger of the other processes
     if is_local_main_process():
         logging.basicConfig(format="%(message)s")
-        logger.setLevel(logging.INFO)
+        logging.getLogger("apo_trl").setLevel(logging.INFO)
 
 
 @contextlib.contextmanager
