@@ -33,35 +33,35 @@ TASKS = ("instructions", "notes")
 SEEDS = (0, 1, 2)
 STEPS, BATCH = PAIRS // 8, 8
 RATE, BETA, RANK = 3e-4, 0.1, 16
+RLOO_RATE = 1e-3
 KL_PROMPTS = 16
 OFF_POLICY_TEMPERATURE = {"instructions": 1.3, "notes": 1.1}  # at 1.3 only 62 pairs of notes had a right answer
 LOSSES = {"APO-zero": "apo_zero", "APO-down": "apo_down", "DPO": "sigmoid"}
 SHARES = (0, 25, 50, 75, 100)
+ROUNDS = {"data": "clair", "method": "rounds"}
+
+
+def run_of(data: str, method: str) -> dict:
+    """Return the run of a set and a loss. Some are parts of another one: the first round is APO-zero on revisions."""
+    if method == "apo_blend":  # at the ends it is one of the losses that it blends
+        method = {"0 %": "apo_down", "100 %": "apo_zero"}.get(data, method)
+    if data == "100 %":
+        data = "clair"
+    return ROUNDS | {"part": 1} if (data, method) == ("clair", "apo_zero") else {"data": data, "method": method}
 
 
 def planned() -> list[dict]:
-    """Every run, the ones that decide most first: each seed is a whole table."""
+    """Every run, the ones that decide most first."""
+    of_pairs = [run_of(data, loss) for loss in LOSSES.values() for data in SETS]
+    of_pairs = [ROUNDS, *of_pairs[1:], *({"data": "clair", "method": method} for method in ("sft", "apo_zero_norm"))]
+    of_shares = [run_of(f"{share} %", loss) for share in SHARES[:-1] for loss in ("apo_zero", "apo_down", "apo_blend")]
+    del of_shares[2]  # at 0 % two are the same
+    others = [{"data": data, "method": "rloo"} for data in ("verifier", "reward model")]
+    others += [{"data": "clair", "method": "apo_zero", "steps": 3 * STEPS}]
     runs = [{"task": task, "data": "none", "method": "before", "seed": 0} for task in TASKS]
-    for seed in SEEDS:
-        of_tasks = [{"task": task, "seed": seed} for task in TASKS]
-        for at in of_tasks:
-            runs += [at | {"data": data, "method": loss} for loss in LOSSES.values() for data in SETS]
-            runs += [at | {"data": "clair", "method": method} for method in ("sft", "apo_zero_norm")]
-        runs += [
-            of_tasks[0] | {"data": f"{share} %", "method": loss}
-            for share in SHARES
-            for loss in dict.fromkeys(("apo_zero", "apo_down", blend(share)))
-        ]
-        for at in of_tasks:
-            runs += [at | {"data": "verifier", "method": "rloo"}, at | {"data": "reward model", "method": "rloo"}]
-            runs += [at | {"data": "clair", "method": "rounds"}]
-            runs += [at | {"data": "clair", "method": "apo_zero", "steps": 3 * STEPS}]
+    for tasks, of_task in ((TASKS, of_pairs), (TASKS[:1], of_shares), (TASKS, others)):
+        runs += [{"task": task, **run, "seed": seed} for seed in SEEDS for task in tasks for run in of_task]
     return runs
-
-
-def blend(share: int) -> str:
-    """Return the loss that APO-blend is at a share of better winners: one of the two that it blends at the ends."""
-    return {0: "apo_down", 100: "apo_zero"}.get(share, "apo_blend")
 
 
 @lru_cache
@@ -200,7 +200,7 @@ def train_rloo(task_name: str, reward, tokens: int, seed: int, folder: str) -> d
     rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in task.train]
     config = RLOOConfig(
         **_common(folder, seed, steps, rate=RLOO_RATE) | {"per_device_train_batch_size": per_step},
-        num_generations=group, max_completion_length=task.max_tokens, temperature=1.0, beta=0.05,
+        num_generations=group, max_completion_length=task.max_tokens, temperature=1.0, beta=0.0,
         model_init_kwargs={"dtype": "bfloat16"},
     )  # fmt: skip
     dataset = Dataset.from_list(rows)
@@ -211,9 +211,6 @@ def train_rloo(task_name: str, reward, tokens: int, seed: int, folder: str) -> d
     return _saved(trainer, folder) | {
         "steps": steps, "rewards": [round(value, 3) for value in means], "tokens": round(sum(lengths) * per_step),
     }  # fmt: skip
-
-
-RLOO_RATE = 2e-4
 
 
 def train_reward_model(pairs: list[dict], seed: int, folder: str) -> tuple[str, float]:
@@ -324,23 +321,25 @@ def do(run: dict) -> dict:
 
 
 def rounds(task_name: str, seed: int, folder: str) -> list[dict]:
-    """The second and the third round: the policy answers, its answers are revised, and it trains on these pairs."""
-    task = load_task(task_name)
-    policy, found, done = model_folder(), samples(task_name), []
+    """Three rounds: the answers of the policy are revised, it trains on these pairs, and is the next round's policy."""
+    task, policy, done = load_task(task_name), model_folder(), []
+    prompts = [row["prompt"] for row in task.train]
     for number in (1, 2, 3):
-        tokens = None
-        if number > 1:
-            prompts = [row["prompt"] for row in task.train]
-            texts, tokens = answer(
-                policy, prompts, temperature=0.8, max_tokens=task.max_tokens, seed=10_000 * (10 * seed + number)
-            )
+        began = time.process_time()
+        if number == 1:
+            pairs = pairs_of(task_name, "clair", seed)
+            tokens = sampled_tokens(task_name, "clair", PAIRS / len(pairs))
+        else:
+            chance = 10_000 * (10 * seed + number)
+            texts, tokens = answer(policy, prompts, temperature=0.8, max_tokens=task.max_tokens, seed=chance)
             found = {row["id"]: [text] for row, text in zip(task.train, texts, strict=True)}
-        pairs = clair(task, found, seed + 100 * number if number > 1 else seed)
-        place = f"{folder}/{number}"
+            pairs = clair(task, found, seed + 100 * number)
+            tokens = round(tokens * min(1.0, PAIRS / len(pairs)))
         result = {"pairs": len(pairs[:PAIRS]), "found": len(pairs), "tokens": tokens, "steps": STEPS}
-        result |= train_pairs(policy, pairs[:PAIRS], "apo_zero", seed, STEPS, place)
+        result |= train_pairs(policy, pairs[:PAIRS], "apo_zero", seed, STEPS, f"{folder}/{number}")
         policy = result.pop("folder")
-        done.append(result | evaluate(task_name, policy))
+        result |= evaluate(task_name, policy)
+        done.append(result | {"cpu": round(time.process_time() - began, 1)})
     return done
 
 

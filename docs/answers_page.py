@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-from answers import LOSSES, SEEDS, SHARES, STEPS, TASKS, blend, planned
+from answers import LOSSES, ROUNDS, SEEDS, SHARES, STEPS, TASKS, planned, run_of
 from evidence_figures import fill, table
 
 HERE = Path(__file__).parent
@@ -60,14 +60,15 @@ def rows(task: str) -> list[tuple[str, dict]]:
     named = [("the model before", {"data": "none", "method": "before"})]
     named += [("SFT on chosen", {"data": "clair", "method": "sft"})]
     named += [
-        (f"{words}, {loss}", {"data": data, "method": method})
-        for data, words in SETS.items()
-        for loss, method in LOSSES.items()
+        (f"{words}, {loss}", run_of(data, method)) for data, words in SETS.items() for loss, method in LOSSES.items()
     ]
     named += [("revisions, apo_zero_norm", {"data": "clair", "method": "apo_zero_norm"})]
     named += [(f"RLOO, {data}", {"data": data, "method": "rloo"}) for data in ("verifier", "reward model")]
-    named += [(f"APO-zero, round {part}", {"data": "clair", "method": "rounds", "part": part}) for part in (1, 2, 3)]
-    return [*named, ("APO-zero, 3 times the steps", {"data": "clair", "method": "apo_zero", "steps": 3 * STEPS})]
+    named += [(f"revisions, APO-zero, round {part}", ROUNDS | {"part": part}) for part in (2, 3)]
+    return [
+        *named,
+        ("revisions, APO-zero, 3 times the steps", {"data": "clair", "method": "apo_zero", "steps": 3 * STEPS}),
+    ]
 
 
 def _share(values: np.ndarray) -> str:
@@ -80,7 +81,7 @@ def _mean(found: list[dict], name: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _line(label: str, found: list[dict], kinds: list[str], minutes: float | None) -> list[str]:
+def _line(label: str, found: list[dict], kinds: list[str]) -> list[str]:
     if not found:
         return [label, "not run", *[""] * (len(kinds) + 8)]
     values = matrix(found)
@@ -88,7 +89,8 @@ def _line(label: str, found: list[dict], kinds: list[str], minutes: float | None
     numbers = [(_mean(found, name), form) for name, form in (("kl", ".2f"), ("words", ".0f"))]
     broken = statistics.fmean(one["broken"] for one in found) / values.shape[1]
     numbers += [(broken, ".0%"), (_mean(found, "displaced"), ".0%"), (_mean(found, "pairs"), ".0f")]
-    numbers += [(_mean(found, "tokens"), ",.0f"), (minutes, ".1f"), (len(found), "d")]
+    numbers += [(_mean(found, "tokens"), ",.0f"), (statistics.fmean(one["cpu"] for one in found) / 60, ".1f")]
+    numbers += [(len(found), "d")]
     return [
         label,
         _share(values),
@@ -101,12 +103,7 @@ def main_table(results: list[dict], task: str) -> str:
     before = of(results, task, "none", "before")
     kinds = sorted(set(before[0]["kinds"])) if before else []
     head = ["", "followed", *kinds, "KL", "words", "broken", "displaced", "pairs", "tokens", "CPU minutes", "seeds"]
-    lines = []
-    for label, row in rows(task):
-        found = of(results, task, **row)
-        whole = of(results, task, **row | {"part": None}) if found else []
-        minutes = statistics.fmean(one["cpu"] for one in whole) / 60 if whole and row.get("part") in (None, 3) else None
-        lines.append(_line(label, found, kinds, minutes))
+    lines = [_line(label, of(results, task, **row), kinds) for label, row in rows(task)]
     return table([name.replace("_", " ") for name in head], lines)
 
 
@@ -114,21 +111,20 @@ def shares_table(results: list[dict]) -> str:
     """The table of the anchor's advice: followed by the share of winners that beat the policy."""
     lines = []
     for share in SHARES:
-        methods = {"APO-zero": "apo_zero", "APO-down": "apo_down", "APO-blend": blend(share)}
-        found = [of(results, "instructions", f"{share} %", method) for method in methods.values()]
+        runs = [run_of(f"{share} %", method) for method in ("apo_zero", "apo_down", "apo_blend")]
+        found = [of(results, "instructions", **run) for run in runs]
         cells = [_share(matrix(one)) if one else "not run" for one in found]
-        gap, _ = difference(
-            results, "instructions", *({"data": f"{share} %", "method": name} for name in ("apo_zero", "apo_down"))
-        )
+        gap, _ = difference(results, "instructions", *runs[:2])
         lines.append([f"{share} %", *cells, _gap(gap)])
-    return table(["winners that beat the policy", *methods, "APO-zero less APO-down"], lines)
+    losses = ["APO-zero", "APO-down", "APO-blend"]
+    return table(["winners that beat the policy", *losses, "APO-zero less APO-down"], lines)
 
 
 def _gap(gap: tuple[float, float, float] | None) -> str:
     return "not run" if gap is None else "{:+.0f} points ({:+.0f} to {:+.0f})".format(*(100 * value for value in gap))
 
 
-ZERO, DOWN, DPO = ({"data": "clair", "method": method} for method in LOSSES.values())
+ZERO, DOWN, DPO = (run_of("clair", method) for method in LOSSES.values())
 
 CLAIMS: list[tuple[str, dict, dict, float]] = [
     ("Revisions beat the on-policy judge's pairs", ZERO, {"data": "on-policy", "method": "apo_zero"}, 0),
@@ -141,7 +137,7 @@ CLAIMS: list[tuple[str, dict, dict, float]] = [
     ("If all winners are worse than the model, APO-down beats APO-zero", {"data": "0 %", "method": "apo_down"},
      {"data": "0 %", "method": "apo_zero"}, 0),
     ("Three rounds beat three times the steps on the first round's pairs",
-     {"data": "clair", "method": "rounds", "part": 3}, {"data": "clair", "method": "apo_zero", "steps": 3 * STEPS}, 0),
+     ROUNDS | {"part": 3}, {"data": "clair", "method": "apo_zero", "steps": 3 * STEPS}, 0),
     ("Revisions with APO-zero beat RLOO with the verifier at equal generated tokens", ZERO,
      {"data": "verifier", "method": "rloo"}, 0),
     ("The verifier beats a reward model in RLOO", {"data": "verifier", "method": "rloo"},
@@ -221,8 +217,7 @@ def draw(results: list[dict]) -> None:
         ("apo_down", "APO-down", orange, "s"),
         ("apo_blend", "APO-blend", green, "^"),
     ):
-        used = {share: blend(share) if method == "apo_blend" else method for share in SHARES}
-        found = {share: of(results, "instructions", f"{share} %", used[share]) for share in SHARES}
+        found = {share: of(results, "instructions", **run_of(f"{share} %", method)) for share in SHARES}
         points = {share: [100 * value for value in interval(matrix(one))] for share, one in found.items() if one}
         axes.plot(list(points), [point[0] for point in points.values()], f"{mark}-", color=colour, label=label)
         for share, (_, low, high) in points.items():

@@ -14,7 +14,6 @@ sys.path.insert(0, str(DOCS))
 import answers
 import answers_data as data
 import answers_page as page
-import evidence_figures
 
 TASKS = {name: data.load_task(name) for name in answers.TASKS}
 
@@ -179,4 +178,3 @@ def test_every_method_runs(model_dir, tmp_path, monkeypatch):
     assert len(results[-1]["rounds"]) == 3
     table = page.main_table(answers.load(), "instructions")
     assert "| the model before | 0 %" in table
-    assert evidence_figures.table
