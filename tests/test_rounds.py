@@ -48,7 +48,10 @@ if command == "train" and (root / "edits").exists():
     pathlib.Path((root / "edits").read_text()).write_text("")
 if command == "pairs":
     keys = yaml.safe_load(open(words[1]))
-    put(pathlib.Path(keys["output_dir"], "report.json"), {"kept": 7, "complete": not (root / "incomplete").exists()})
+    none = (root / f"none-{pathlib.Path(keys['output_dir']).parent.name}").exists()
+    put(pathlib.Path(keys["output_dir"], "report.json"),
+        {"kept": 0 if none else 7, "dropped": {"no_revision": 5}, "complete": not (root / "incomplete").exists()})
+    sys.exit(none)
 elif command == "train":
     keys = yaml.safe_load(open(words[0]))
     out = pathlib.Path(keys["output_dir"])
@@ -175,6 +178,27 @@ class TestStages:
     def test_full_fine_tuning_has_nothing_to_merge(self, stub, make):
         run_rounds(make(adapter="merge", train={"use_peft": False}))
         assert "merge" not in calls(stub)
+
+    def test_a_later_round_without_pairs_ends_the_run(self, stub, make, capsys):
+        (stub / "none-round-2").touch()
+        for _ in range(2):  # and again when it is resumed
+            assert "after\n1 round." in run_rounds(make(rounds=3)).read_text()
+            assert "(5 no_revision): nothing to train on. The run ends with round 1." in capsys.readouterr().out
+            assert len(json.loads((stub / "out/summary.json").read_text())["rounds"]) == 2
+        assert (stub / "out/round-1/policy/adapter_model.safetensors").exists()
+        assert calls(stub) == ["score", *ROUND, "pairs", "pairs"]
+
+    def test_a_first_round_without_pairs_is_an_error(self, stub, make):
+        (stub / "none-round-1").touch()
+        with pytest.raises(InputError, match=r"round 1, pairs: ended with status 1"):
+            run_rounds(make())
+
+    def test_a_round_whose_requests_failed_is_an_error(self, stub, make):
+        (stub / "none-round-2").touch()
+        run_rounds(make(rounds=1))
+        (stub / "incomplete").touch()
+        with pytest.raises(InputError, match=r"round 2, pairs: ended with status 1"):
+            run_rounds(make())
 
     def test_prompts_of_each_round(self, stub, make):
         run_rounds(make(prompts_per_round=2, rounds=3))

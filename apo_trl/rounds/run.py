@@ -28,6 +28,8 @@ __all__ = ["check", "run_rounds"]
 def run_rounds(settings: Settings) -> Path:
     """Run all rounds, or resume, and return the path of the page over them.
 
+    A later round of which no pair is kept ends the run: the policy's answers leave nothing to train on.
+
     Raises:
         InputError: Settings are invalid or have changed, a command failed, or another run uses the folder.
     """
@@ -37,12 +39,12 @@ def run_rounds(settings: Settings) -> Path:
         check(settings)
         run = _Rounds(settings, folder)
         try:
-            run.all()
+            last = run.all()
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(" Run the same command again to resume.") from error
         finally:
             run.stop()
-        return write_page(folder, settings.rounds)
+        return write_page(folder, last)
 
 
 def check(settings: Settings) -> None:
@@ -77,12 +79,27 @@ class _Rounds:
         if self._server is not None:
             self._server.stop()
 
-    def all(self) -> None:
+    def all(self) -> int:
+        """Run every stage, and return the number of the last round with pairs."""
         for number in range(self.settings.rounds + 1):
             self._folder(number).mkdir(exist_ok=True)
             for name in self._stages if number else ["score"]:
-                self._stage(number, name)
+                try:
+                    self._stage(number, name)
+                except InputError:
+                    if number < 2 or name != "pairs" or not (dropped := self._dropped_all(number)):
+                        raise
+                    print(f"  No pair was kept ({dropped}): nothing to train on. The run ends with round {number - 1}.")
+                    return number - 1
             self._tidy(number)
+        return self.settings.rounds
+
+    def _dropped_all(self, number: int) -> str:
+        """Return the counts of dropped rows by reason if a round has answers but no pairs, else an empty string."""
+        report = read_json(self._folder(number) / "pairs" / "report.json")
+        if not isinstance(report, dict) or report["kept"] or not report["complete"]:
+            return ""
+        return ", ".join(f"{count:,} {name}" for name, count in report["dropped"].items())
 
     def _folder(self, number: int) -> Path:
         return self.folder / f"round-{number}"
