@@ -1,6 +1,5 @@
 """Score a model's answers by a function of the user: the share that follows, the score of each answer, the worst."""
 
-import hashlib
 import json
 import platform
 from collections import Counter
@@ -19,8 +18,7 @@ from apo_trl.checks.rewards import FOLLOWED
 from apo_trl.evaluation.intervals import wilson
 from apo_trl.evaluation.judged import judge_records
 from apo_trl.io.files import atomic_write, write_json
-from apo_trl.models.packaged import resolve_model
-from apo_trl.pairs.config.settings import Role, Settings
+from apo_trl.pairs.config.settings import Settings
 from apo_trl.pairs.llm.requests import Dropped, Requester
 from apo_trl.pairs.methods import with_system
 from apo_trl.pairs.prompts import PromptSource, Record
@@ -70,7 +68,7 @@ _OWN = ("id", "prompt", "answer", "score", "problem", "broken", "words", "finish
 async def _answer(requester: Requester, settings: Settings, record: Record, notes: dict[str, Any]) -> dict[str, Any]:
     role = settings.policy[0]
     messages = with_system(role, record)
-    (reply,) = await requester.ask(role, "sample", messages, row=record.id, template=_version_of(role))
+    (reply,) = await requester.ask(role, "sample", messages, row=record.id)
     requester.ended(role, record.id)  # an empty or cut answer counts as the model gave it
     result = {"answer": reply.text, "finish": reply.finish, "score": None, "problem": ""}
     try:
@@ -79,16 +77,6 @@ async def _answer(requester: Requester, settings: Settings, record: Record, note
     except Dropped as dropped:
         result["problem"] = f"{dropped.reason}: {dropped.detail}"
     return result
-
-
-def _version_of(role: Role) -> str:
-    """Return what tells a local model from an earlier one in the same folder, by the times of its files."""
-    folder = Path("" if role.base_url else resolve_model(str(role.model)))
-    if role.base_url or not folder.is_dir():
-        return ""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.name != "score.json"]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
