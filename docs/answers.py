@@ -15,8 +15,8 @@ import os
 import statistics
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a process each core
@@ -365,16 +365,16 @@ def run_all(only: str = "") -> list[dict]:
     stored = [result["run"] for result in results]
     left = [run for run in planned() if run not in stored and only in json.dumps(run)]
     began = time.monotonic()
-    with ProcessPoolExecutor(2, max_tasks_per_child=10) as pool:
+    # ProcessPoolExecutor starts no process in the place of one that has had its tasks (Python's issue 115634).
+    with get_context("spawn").Pool(2, maxtasksperchild=10) as pool:
         parts = [(task, part) for task in TASKS for part in range(SAMPLES + OFF_POLICY)]
-        list(pool.map(sample, *zip(*parts, strict=True)))
-        waiting = {pool.submit(do, run): run for run in left}
-        for number, future in enumerate(as_completed(waiting), start=1):
-            results.append(future.result())
+        pool.starmap(sample, parts, chunksize=1)
+        for number, result in enumerate(pool.imap_unordered(do, left), start=1):
+            results.append(result)
             save(results)
-            run, rest = waiting[future], len(left) - number
+            rest = len(left) - number
             print(
-                f"{' '.join(map(str, run.values()))}: {results[-1]['seconds']:.0f} s, {rest} runs left, "
+                f"{' '.join(map(str, result['run'].values()))}: {result['seconds']:.0f} s, {rest} runs left, "
                 f"about {(time.monotonic() - began) / number * rest / 60:.0f} min",
                 flush=True,
             )
