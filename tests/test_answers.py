@@ -141,6 +141,19 @@ def test_the_page_shows_the_stored_results():
     assert len({json.dumps(run) for run in planned}) == len(planned)
 
 
+def test_every_row_of_the_page_is_planned():
+    planned = answers.planned()
+    rows = [(task, row) for task in answers.TASKS for _, row in page.rows(task)]
+    rows += [("instructions", row) for _, *claim in page.CLAIMS for row in claim[:2]]
+    methods = ("apo_zero", "apo_down", "apo_blend")
+    rows += [("instructions", answers.run_of(f"{share} %", method)) for share in answers.SHARES for method in methods]
+    used = [{"task": task, **row, "seed": 0} for task, row in rows]
+    for run in used:
+        assert run.pop("part", 1) in (1, 2, 3)
+        assert run in planned
+    assert [run for run in planned if run["seed"] == 0 and run not in used] == []
+
+
 def test_how_far_a_model_is_from_its_start(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "model_folder", lambda: str(model_dir))
     make_model(seed=1).save_pretrained(tmp_path)
