@@ -49,6 +49,7 @@ def pair(identity, regime="separated", **changed):
     chosen, rejected = REGIME_POINTS[regime]
     row = {"id": identity, "regime": regime, "chosen_logratio": chosen, "rejected_logratio": rejected}
     row |= {"ref_chosen_logp": -20.0, "ref_rejected_logp": -30.0, "chosen_tokens": 10, "rejected_tokens": 20}
+    row |= {"dtype": "float32", "trained_on": None}
     row |= {
         "prompt": f"Prompt {identity}",
         "chosen": f"Chosen {identity}",
@@ -189,7 +190,7 @@ class TestResults:
         assert page.row("Steps") == ["30"]
         assert page.row("Last training loss") == ["0.9000"]
         assert page.row("Accuracy") == ["90.0% (59.6% to 98.2%) 9 of 10"]
-        assert page.row("Evaluated") == ["10 evaluated pairs, in a precision that is not recorded"]
+        assert page.row("Evaluated") == ["10 evaluated pairs, in float32"]
         assert "75.0%" not in page.text  # the accuracy of the log, of the same model
 
     @pytest.mark.parametrize(("apo", "over"), [(True, "pairs"), (False, "batches")])
@@ -282,7 +283,7 @@ class TestConclusion:
     """The first section: a sentence for each run, by what was evaluated, else by the log."""
 
     def test_evaluated_pairs(self, tmp_path, make):
-        rows = [row | {"dtype": "float32", "trained_on": False} for row in pairs(separated=3, displaced=1)]
+        rows = [row | {"trained_on": False} for row in pairs(separated=3, displaced=1)]
         settings = record(
             loss_type=["apo_zero"], beta=0.1, precision="bfloat16, no autocast", label_names=[], seed=None
         )

@@ -11,7 +11,7 @@ from apo_trl.evaluation.provenance import described, trained_in
 from apo_trl.evaluation.report.runs import Run, evaluation_sets
 from apo_trl.training.movement import hardly_moved, hardly_moved_by_log, movement_of
 
-__all__ = ["SHARES", "comparison", "conclusion", "evaluated_in", "share", "unmoved"]
+__all__ = ["SHARES", "comparison", "conclusion", "share", "unmoved"]
 
 _SIDES = ("chosen", "rejected")
 
@@ -37,7 +37,7 @@ def conclusion(run: Run) -> str:
         return still
     settings = run.record["settings"] if run.record else {}
     if run.pairs:
-        what, source = described([pair["trained_on"] for pair in run.pairs]), f"computed {evaluated_in(run)}"
+        what, source = described([pair["trained_on"] for pair in run.pairs]), f"computed in {run.pairs[0]['dtype']}"
         shares = {name: share(run, name).value for name in SHARES}
         nats = {side: float(np.mean([pair[f"{side}_logratio"] for pair in run.pairs])) for side in _SIDES}
     else:
@@ -70,12 +70,6 @@ def unmoved(run: Run) -> str:
 
 def _beta(settings: Mapping[str, Any]) -> float:
     return settings["beta"] if isinstance(settings.get("beta"), (int, float)) else math.nan
-
-
-def evaluated_in(run: Run) -> str:
-    """Return the precision of an evaluation, for the end of a sentence."""
-    dtype = run.pairs[0]["dtype"] if run.pairs else None
-    return f"in {dtype}" if dtype else "in a precision that is not recorded"
 
 
 def _entries(run: Run) -> list[dict[str, float]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apo_trl.evaluation.provenance import described, trained_in
-from apo_trl.evaluation.report.conclusions import SHARES, comparison, conclusion, evaluated_in, share, unmoved
+from apo_trl.evaluation.report.conclusions import SHARES, comparison, conclusion, share, unmoved
 from apo_trl.evaluation.report.figures import Panel
 from apo_trl.evaluation.report.runs import Run, evaluation_sets
 from apo_trl.io.html import render
@@ -125,7 +125,7 @@ def _share(run: Run, name: str) -> Cell:
 def _evaluated(run: Run) -> Cell:
     if run.pairs is None:
         return ("not evaluated",)
-    return (f"{described([pair['trained_on'] for pair in run.pairs])}, {evaluated_in(run)}",)
+    return (f"{described([pair['trained_on'] for pair in run.pairs])}, in {run.pairs[0]['dtype']}",)
 
 
 def _rows(columns: Sequence[Mapping[str, Any]], absent: str) -> Rows:

@@ -36,7 +36,6 @@ class Run(NamedTuple):
     pairs: Sequence[Mapping[str, Any]] | None
 
 
-_LATER = {"dtype": pa.string(), "trained_on": pa.bool_()}  # columns that evaluations of version 0.1 lack
 _TEXTS = ("id", "regime", "prompt", "chosen", "rejected")
 _NUMBERS = (
     *("chosen_logratio", "rejected_logratio", "chosen_logratio_per_token", "rejected_logratio_per_token"),
@@ -104,14 +103,12 @@ def _read_pairs(folder: Path) -> list[dict[str, Any]] | None:
     if not path.exists():
         return None
     remedy = "Run `apo-trl evaluate` again, or remove the file."
-    schema = pa.schema([(name, pa.string()) for name in _TEXTS] + [(name, pa.float64()) for name in _NUMBERS])
+    fields = [(name, pa.string()) for name in (*_TEXTS, "dtype")] + [(name, pa.float64()) for name in _NUMBERS]
+    schema = pa.schema([*fields, ("trained_on", pa.bool_())])
     try:
         # Not read_table, which takes a folder that is named "seed=1" for a column.
         with pq.ParquetFile(path) as file:
-            later = [name for name in _LATER if name in file.schema_arrow.names]
-            whole = file.read(columns=[*schema.names, *later])
-        rows = whole.select(schema.names).cast(schema).to_pylist()
-        rest = whole.select(later).to_pylist()
+            rows = file.read(columns=schema.names).select(schema.names).cast(schema).to_pylist()
     except (pa.ArrowException, KeyError, OSError, ValueError) as error:
         reason = shorten(str(error) or type(error).__name__, 150).rstrip(".")
         raise InputError(f"{path}: cannot be read ({reason}). {remedy}") from error
@@ -119,5 +116,4 @@ def _read_pairs(folder: Path) -> list[dict[str, Any]] | None:
     if not regimes or regimes - {*REGIMES, "other"}:
         raise InputError(f"{path}: no pairs or unknown regimes, got {[*regimes]!r:.60}. {remedy}")
     empty = dict.fromkeys(_TEXTS, "") | dict.fromkeys(_NUMBERS, math.nan)
-    rows = [{name: empty[name] if value is None else value for name, value in row.items()} for row in rows]
-    return [{**dict.fromkeys(_LATER), **row, **more} for row, more in zip(rows, rest, strict=True)]
+    return [{name: empty.get(name) if value is None else value for name, value in row.items()} for row in rows]
