@@ -1,3 +1,4 @@
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -49,6 +50,15 @@ def make_model(seed: int = 0, **config):
         pad_token_id=0,
     )
     return LlamaForCausalLM(LlamaConfig(**(shape | config)))
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """Commands that run in this process set the level of our log, and `caplog` of later tests would hold more."""
+    logger = logging.getLogger("apo_trl")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session")
