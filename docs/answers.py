@@ -39,6 +39,7 @@ OFF_POLICY_TEMPERATURE = {"instructions": 1.3, "notes": 1.1}  # at 1.3 only 62 p
 LOSSES = {"APO-zero": "apo_zero", "APO-down": "apo_down", "DPO": "sigmoid"}
 SHARES = (0, 25, 50, 75, 100)
 ROUNDS = {"data": "clair", "method": "rounds"}
+PARTS = {"none": 0, "on-policy": SAMPLES, "stronger": SAMPLES, "off-policy": SAMPLES + OFF_POLICY}  # answers a prompt
 
 
 def run_of(data: str, method: str) -> dict:
@@ -53,15 +54,15 @@ def run_of(data: str, method: str) -> dict:
 def planned() -> list[dict]:
     """Every run, the ones that decide most first."""
     of_pairs = [run_of(data, loss) for loss in LOSSES.values() for data in SETS]
-    of_pairs = [ROUNDS, *of_pairs[1:], *({"data": "clair", "method": method} for method in ("sft", "apo_zero_norm"))]
-    of_shares = [run_of(f"{share} %", loss) for share in SHARES[:-1] for loss in ("apo_zero", "apo_down", "apo_blend")]
-    del of_shares[2]  # at 0 % two are the same
+    of_pairs += [{"data": "clair", "method": method} for method in ("sft", "apo_zero_norm")]
+    of_shares = [run_of(f"{share} %", loss) for share in SHARES for loss in ("apo_zero", "apo_down", "apo_blend")]
     others = [{"data": data, "method": "rloo"} for data in ("verifier", "reward model")]
     others += [{"data": "clair", "method": "apo_zero", "steps": 3 * STEPS}]
     runs = [{"task": task, "data": "none", "method": "before", "seed": 0} for task in TASKS]
     for tasks, of_task in ((TASKS, of_pairs), (TASKS[:1], of_shares), (TASKS, others)):
         runs += [{"task": task, **run, "seed": seed} for seed in SEEDS for task in tasks for run in of_task]
-    return runs
+    whole = [{key: value for key, value in run.items() if key != "part"} for run in runs]
+    return list({json.dumps(run): run for run in whole}.values())
 
 
 @lru_cache
@@ -106,24 +107,29 @@ def sample(task_name: str, part: int) -> Path:
     return path
 
 
-def samples(task_name: str) -> dict[str, list[str]]:
-    texts = [json.loads(sample(task_name, part).read_text(encoding="utf-8"))[0] for part in range(SAMPLES + OFF_POLICY)]
+def parts(data: str) -> range:
+    """Return the parts of the samples that a set is made of; RLOO has the prompts and the budget of the revisions."""
+    return range(SAMPLES + OFF_POLICY if data.endswith("%") else PARTS.get(data, 1))
+
+
+def samples(task_name: str, data: str) -> dict[str, list[str]]:
+    texts = [json.loads(sample(task_name, part).read_text(encoding="utf-8"))[0] for part in parts(data)]
     ids = [row["id"] for row in load_task(task_name).train]
     return {name: list(row) for name, row in zip(ids, zip(*texts, strict=True), strict=True)}
 
 
 def sampled_tokens(task_name: str, data: str, share: float) -> int:
     """Count the tokens that were sampled for a set: of all prompts, as far as the set needed them."""
-    parts = {"on-policy": range(SAMPLES), "off-policy": range(SAMPLES, SAMPLES + OFF_POLICY)}.get(data, range(1))
-    tokens = sum(json.loads(sample(task_name, part).read_text(encoding="utf-8"))[1] for part in parts)
+    counted = {"on-policy": range(SAMPLES), "off-policy": range(SAMPLES, SAMPLES + OFF_POLICY)}.get(data, range(1))
+    tokens = sum(json.loads(sample(task_name, part).read_text(encoding="utf-8"))[1] for part in counted)
     return round(tokens * min(1.0, share))
 
 
 def pairs_of(task_name: str, data: str, seed: int) -> list[dict]:
     task = load_task(task_name)
     if data.endswith("%"):
-        return mixture(task, samples(task_name), seed, int(data.split()[0]))
-    return SETS[data](task, samples(task_name), seed)
+        return mixture(task, samples(task_name, data), seed, int(data.split()[0]))
+    return SETS[data](task, samples(task_name, data), seed)
 
 
 def _common(folder: str, seed: int, steps: int, rate: float = RATE) -> dict:
@@ -367,8 +373,10 @@ def run_all(only: str = "") -> list[dict]:
     began = time.monotonic()
     # ProcessPoolExecutor starts no process in the place of one that has had its tasks (Python's issue 115634).
     with get_context("spawn").Pool(2, maxtasksperchild=10) as pool:
-        parts = [(task, part) for task in TASKS for part in range(SAMPLES + OFF_POLICY)]
-        pool.starmap(sample, parts, chunksize=1)
+        needed = {(run["task"], part) for run in left for part in parts(run["data"])}
+        sampled = [pool.apply_async(sample, part) for part in sorted(needed)]
+        for number, one in enumerate(sampled, start=1):
+            print(f"samples {one.get().stem}: {number} of {len(sampled)}", flush=True)
         for number, result in enumerate(pool.imap_unordered(do, left), start=1):
             results.append(result)
             save(results)

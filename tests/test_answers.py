@@ -58,6 +58,8 @@ def test_chosen_follows_and_rejected_does_not(drawn, name):
     places = {"on-policy": range(data.SAMPLES), "off-policy": range(data.SAMPLES, 6)}.get(name, range(1))
     assert all(text in [samples[key][at] for at in places] for key, text in of.items())
     assert pairs != data.SETS[name](task, samples, 1)
+    needed = {key: texts[: answers.parts(name).stop] for key, texts in samples.items()}
+    assert pairs == data.SETS[name](task, needed, 0)  # the other samples are not drawn for this set
 
 
 def test_stronger_answers_are_not_made_of_rejected():
@@ -170,7 +172,7 @@ def test_every_method_runs(model_dir, tmp_path, monkeypatch):
     for module in (answers, data):
         monkeypatch.setattr(module, "load_task", lambda name: task)
     monkeypatch.setattr(answers, "model_folder", lambda: str(model_dir))
-    monkeypatch.setattr(answers, "samples", lambda name: sampled(task))
+    monkeypatch.setattr(answers, "samples", lambda name, data: sampled(task))
     monkeypatch.setattr(answers, "sampled_tokens", lambda *given: 100)
     monkeypatch.setattr(answers, "clair", lambda task, found, seed: data.clair(task, sampled(task), seed))
     monkeypatch.setattr(answers, "STEPS", 1)

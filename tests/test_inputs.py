@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import make_tokenizer
 from datasets import Dataset
+from peft import LoraConfig
 from trl import DPOConfig
 
 from apo_trl import APOConfig
@@ -182,6 +183,15 @@ def test_without_a_gpu_the_default_bfloat16_is_off(tmp_path, caplog):
     assert APOConfig(tmp_path, use_cpu=True).bf16  # as TRL does it
     with pytest.raises(InputError, match=r"^bf16: requires a GPU.*Remove it"):
         APOConfig(tmp_path, bf16=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lora", "warns"), [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)]
+)
+def test_whole_weights_in_bfloat16_are_warned_of(train, caplog, dtype, lora, warns):
+    adapter = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+    train(steps=1, model_init_kwargs={"dtype": dtype}, peft_config=adapter)
+    assert ("rounding loses most updates" in caplog.text) == warns
 
 
 @pytest.mark.usefixtures("no_gpu")

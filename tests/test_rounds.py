@@ -423,7 +423,7 @@ class TestSettings:
         with pytest.raises(InputError, match=message):
             parse("rounds/instructions", options)
 
-    @pytest.mark.parametrize("section", ["pairs", "train"])
+    @pytest.mark.parametrize("section", ["pairs", "train", "score"])
     def test_a_key_of_a_section_is_checked_before_anything_runs(self, tmp_path, make, section):
         with pytest.raises(InputError, match="polici"):
             run.check(make(**{section: {"polici": 1}}))

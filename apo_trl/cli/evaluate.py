@@ -13,7 +13,9 @@ def add(commands: Any) -> None:
     files = "a trained model, its reference and pairs", "a row for each pair; prints means and shares"
     parser = add_command(commands, "evaluate", run, help, "--model runs/first --dataset apo_trl/demo/pairs", *files)
     parser.add_argument("--model", required=True, metavar="MODEL", help="trained model or adapter")
-    parser.add_argument("--reference", metavar="MODEL", help="what it started from (default: the base of an adapter)")
+    parser.add_argument(
+        "--reference", metavar="MODEL", help="what training started from (default: an adapter's `ref`, else its base)"
+    )
     parser.add_argument("--dataset", required=True, metavar="PAIRS", help="a file, a folder or a hub name")
     parser.add_argument("--split", help="split of the dataset (default: test if it exists, else train)")
     parser.add_argument("--limit", type=positive_int, metavar="N", help="maximum number of pairs")

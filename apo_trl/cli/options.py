@@ -14,7 +14,7 @@ __all__ += ["positive_int", "stopped_line"]
 MODEL = "model or adapter: a folder, a hub name, or a name at --{}_base_url"
 JUDGE = "model that judges; or set --judge_function"
 PROMPTS = "prompts, as for `apo-trl pairs build`"
-OUTPUT = "folder of results and cache; the same again resumes (default: {})"
+OUTPUT = "folder of results and cache; the same command resumes (default: {})"
 
 
 class Parser(argparse.ArgumentParser):

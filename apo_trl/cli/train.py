@@ -8,7 +8,7 @@ _KEYS = """\
 model_name_or_path, dtype  a folder or hub name; bfloat16 (default: float32)
 dataset_name               pairs: a file, a folder or a hub name
 loss_type, beta            (defaults: apo_zero, 0.1)
-learning_rate              (default: 1e-6; with LoRA about 1e-4)
+learning_rate              (default: 1e-6; with LoRA 5e-6 to 5e-5)
 num_train_epochs           (default: 3); or max_steps
 use_peft, load_in_4bit     LoRA; both: QLoRA
 output_dir                 folder of the results

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from accelerate.logging import get_logger
 from packaging.version import Version
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from apo_trl.errors import InputError, nearest
 
-__all__ = ["check_losses", "check_order", "check_value", "output_dir_error", "warn_of_smoothing"]
+__all__ = ["check_losses", "check_order", "check_value", "output_dir_error", "warn_of_rounding", "warn_of_smoothing"]
 
 logger = get_logger(__name__)
 
@@ -89,4 +90,16 @@ def warn_of_smoothing(config: Any, names: list[str], smoothed: Collection[str]) 
         logger.warning(
             f"label_smoothing={config.label_smoothing} has no effect on loss_type {', '.join(names)}: only "
             f"{', '.join(sorted(smoothed))} read it. Remove it."
+        )
+
+
+def warn_of_rounding(trainer: Any) -> None:
+    """Warn of whole weights in bfloat16 that are trained without the float32 copy that DeepSpeed and FSDP keep."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or hasattr(model, "peft_config"):
+        return
+    if any(weight.dtype == torch.bfloat16 for weight in model.parameters() if weight.requires_grad):
+        logger.warning(
+            "dtype: weights in bfloat16 are trained without a copy in float32, so at small learning rates rounding "
+            "loses most updates. Train float32 weights (the default), or use LoRA, DeepSpeed or FSDP."
         )

@@ -48,12 +48,13 @@ def run_rounds(settings: Settings) -> Path:
 
 
 def check(settings: Settings) -> None:
-    """Check the sections for `pairs build` and `train` before the first process starts."""
+    """Check the sections of keys before the first process starts."""
     policy = {"policy_model": settings.model_name_or_path, "output_dir": settings.output_dir}
-    try:
-        make_settings(settings.pairs | policy)
-    except InputError as error:
-        raise InputError(f"pairs.{error}") from error
+    for section, values in (("pairs", settings.pairs), ("score", settings.score | {"method": "on_policy_judge"})):
+        try:
+            make_settings(values | policy)
+        except InputError as error:
+            raise InputError(f"{section}.{error}") from error
     from apo_trl.training.arguments import parse
 
     path = Path(settings.output_dir, "train.yaml")
