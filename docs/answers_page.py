@@ -117,7 +117,7 @@ def shares_table(results: list[dict]) -> str:
         gap, _ = difference(results, "instructions", *runs[:2])
         lines.append([f"{share} %", *cells, _gap(gap)])
     losses = ["APO-zero", "APO-down", "APO-blend"]
-    return table(["winners that beat the policy", *losses, "APO-zero less APO-down"], lines)
+    return table(["winners that beat the policy", *losses, "APO-zero minus APO-down"], lines)
 
 
 def _gap(gap: tuple[float, float, float] | None) -> str:

@@ -217,19 +217,18 @@ def test_what_cannot_be_used_is_one_sentence(more, words, tmp_path, capsys):
 class TestSuggest:
     @pytest.mark.parametrize(
         ("wins", "losses", "suggestion"),
-        [(20, 0, "apo_zero"), (19, 0, None), (0, 20, "apo_down"), (15, 15, "apo_blend"), (24, 8, None), (0, 0, None)],
-    )
+        [
+            (20, 0, "apo_zero"), (19, 0, None), (0, 20, "apo_down"), (0, 19, None), (15, 15, "apo_blend"),
+            (8, 24, "apo_blend"), (24, 8, None), (4, 28, None), (0, 0, None),
+        ],
+    )  # fmt: skip
     def test_where_the_evidence_ends(self, wins, losses, suggestion):
-        found = suggest(wins, losses)
-        assert found["suggestion"] == suggestion
-        # The mirror image says the mirror image.
-        mirror = {"apo_zero": "apo_down", "apo_down": "apo_zero"}
-        assert suggest(losses, wins)["suggestion"] == mirror.get(suggestion, suggestion)
+        assert suggest(wins, losses)["suggestion"] == suggestion
 
     def test_how_often_it_is_wrong(self):
         """Of drawn datasets whose true share lies clearly inside a zone, hardly any is given another loss."""
         chance = random.Random(0)
-        for share, loss in ((0.95, "apo_zero"), (0.5, "apo_blend"), (0.05, "apo_down")):
+        for share, loss in ((0.95, "apo_zero"), (0.5, "apo_blend"), (0.02, "apo_down")):
             named = [
                 suggest(wins := sum(chance.random() < share for _ in range(60)), 60 - wins)["suggestion"]
                 for _ in range(40)
