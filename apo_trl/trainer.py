@@ -47,7 +47,7 @@ class _AnchoredTrainer(DPOTrainer):
     loss_types: list[str]
     loss_weights: list[Any]
     precompute_ref_logps: bool
-    _reference_fingerprint: tuple[int, str | None] | None = None  # ours: with the step at which it was computed
+    _reference_fingerprint: tuple[str | None] | None = None  # ours: None if it is to be computed
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs)
@@ -80,6 +80,8 @@ class _AnchoredTrainer(DPOTrainer):
             bound.arguments[f"{name}_dataset"] = render_first_rows(each, name, needs_wins, processor)
         bound.arguments["processing_class"] = processor
 
+        if config.accelerator_config.dispatch_batches is None:  # TRL turns it off only for streams to train on
+            config.accelerator_config.dispatch_batches = False
         padding_free, config.padding_free = config.padding_free, False  # TRL would warn that it does not support it
         try:
             super().__init__(*bound.args[1:], **bound.kwargs)
@@ -215,6 +217,7 @@ class _AnchoredTrainer(DPOTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Check the rows of a dataset that is passed only here, and evaluate as TRL does."""
+        self._reference_fingerprint = None  # weights may have changed
         needs_wins = "apo_blend" in loss_names(self.args)
         eval_dataset = normalise_datasets(eval_dataset, "eval", needs_wins, self.args)
         eval_dataset = render_first_rows(eval_dataset, "eval", needs_wins, self.processing_class)

@@ -16,6 +16,7 @@ from apo_trl import APOConfig
 from apo_trl.config import check_config
 from apo_trl.datasets.preprocessing import normalise_datasets
 from apo_trl.errors import InputError, InvalidRow, nearest
+from apo_trl.io import run_record
 from apo_trl.io.rows import degenerate_reason, normalise_row
 from apo_trl.training.arguments import check_paths, parse
 
@@ -265,6 +266,13 @@ class TestRunRecord:
     def test_settings_that_json_cannot_sort_or_hold(self, train):
         trainer = train(steps=1, model_init_kwargs={"device_map": "cpu", "max_memory": {0: "1GiB", "cpu": "1GiB"}})
         assert self.record(trainer)["settings"]["model_init_kwargs"]["max_memory"] == {"0": "1GiB", "cpu": "1GiB"}
+
+    def test_a_package_that_is_not_installed_has_no_version(self, train, monkeypatch):
+        """A folder of its name, such as deepspeed/ with settings, is found as a package."""
+        without = [name for name in run_record._PACKAGES if name != "deepspeed"]
+        monkeypatch.setattr(run_record, "_PACKAGES", (*without, "no-such-package"))
+        versions = self.record(train(steps=1))["versions"]
+        assert versions.keys() == {*without, "python"}
 
     def test_evaluation_alone_writes_none(self, train, dataset):
         trainer = train(run=False, eval_dataset=dataset)

@@ -16,7 +16,7 @@ import pytest
 from test_resume import BIN, RESUME, TWO, command_lines
 
 from apo_trl import train
-from apo_trl.errors import InputError
+from apo_trl.errors import InputError, StreamError
 from apo_trl.io.disk import full_disk_error
 from apo_trl.io.files import write_json
 from apo_trl.pairs.llm.response_cache import ResponseCache
@@ -346,3 +346,6 @@ def test_messages_come_from_the_first_process_only(monkeypatch, capsys):
         raise InputError("x")
     assert capsys.readouterr().err == ""
     assert not console.is_local_main_process()
+    with pytest.raises(SystemExit), exit_on_error():
+        raise StreamError("Only this process has read the row.")
+    assert "Only this process" in capsys.readouterr().err

@@ -108,6 +108,7 @@ BAD = {
     "quantised full fine-tuning": ("load_in_4bit: true", "load_in_4bit: requires use_peft"),
     "an adapter on lm_head": ("use_peft: true\nlora_target_modules: [q_proj, lm_head]", "lora_target_modules: lm_head"),
     "a column that the loss needs": ("loss_type: apo_blend\ndataset_name: plain.jsonl", "has no column 'chosen_wins'"),
+    "a truncation that does not exist": ("truncation_mode: keep-end", "Did you mean 'keep_end'?"),
     "prompts longer than max_length": ("dataset_name: pairs.jsonl\nmax_length: 8", "in 8 of 8 rows"),
     "an adapter without a score": (
         "center_rewards_coefficient: 0.01\nuse_peft: true",
@@ -155,6 +156,10 @@ class TestCheck:
             cli.main(["recipes", "check", file(text)])
         assert stop.value.code == 0
         assert words in capsys.readouterr().out
+
+    def test_a_prompt_may_fill_max_length_if_the_end_is_kept(self, file):
+        text, _ = BAD["prompts longer than max_length"]
+        assert [found.level for found in check(file(f"{text}\ntruncation_mode: keep_end"))] == ["note"]
 
     def test_a_model_on_the_hub_is_not_asked_for(self, tmp_path, monkeypatch):
         """Nor is a split that the data lacks overlooked."""

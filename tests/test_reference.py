@@ -314,6 +314,14 @@ class TestEvaluation:
         trainer.precompute_ref_logps = False
         assert cached == pytest.approx(trainer.evaluate(extra)["eval_loss"], abs=1e-5)
 
+    def test_of_weights_that_were_changed_by_hand(self, stored):
+        """They are a reference of their own, and must not be taken for the model that was loaded."""
+        trainer, _ = stored()
+        trainer.model.load_state_dict(make_model(seed=1).state_dict())
+        trainer.evaluate(Dataset.from_list(rows(12)))
+        _, pairs = stored(data=Dataset.from_list(rows(12)))
+        assert pairs == 4
+
     @pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")  # peft says so too
     def test_after_training_biases_that_belong_to_the_reference_too(self, stored, dataset):
         """bias="all" trains the base: what is computed then must not be taken for the reference of the beginning."""

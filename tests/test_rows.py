@@ -14,7 +14,7 @@ from apo_trl.errors import InvalidRow
 from apo_trl.evaluation.evaluate import read_split
 from apo_trl.evaluation.scoring import tokenize_pairs
 from apo_trl.io import readers
-from apo_trl.io.readers import load_dataset_splits, read_pairs
+from apo_trl.io.readers import load_dataset_splits, read_pairs, read_rows
 from apo_trl.io.rows import normalise_row
 from apo_trl.io.tokenization import encode_pair
 
@@ -222,6 +222,44 @@ def test_jsonl_keeps_the_order_and_the_numbers_of_tool_calls(tokenizer, tmp_path
     expected = [list(encode_pair(tokenizer, row)) for row in data]
     assert [list(encode_pair(tokenizer, row)) for row in load_dataset_splits(path)["train"]] == expected
     assert [list(encode_pair(tokenizer, row)) for row in read_pairs(path)] == expected
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_what_only_later_rows_of_a_large_file_have(as_folder, tmp_path):
+    """`datasets` takes the types of the first 10 MB for all rows."""
+    first = PAIR | {"chosen": [says("x" * 5000)], "chosen_wins": 1, "id": "2024-01-01", "score": None}
+    last = PAIR | {"chosen": [calls(a=1)], "chosen_wins": 0.5, "id": "b", "score": 1.5, "tools": [TOOL]}
+    path = write(tmp_path / "rows.jsonl", [first] * 2200 + [last])
+    *_, row = load_dataset_splits(str(tmp_path) if as_folder else path)["train"]
+    assert row == last
+    assert list(read_pairs(path))[-1]["tools"] == [TOOL]
+
+
+def test_a_packaged_file_is_read_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "apo_trl/demo/pairs/train.jsonl"
+    assert list(read_rows(name)) == [dict(row) for row in load_dataset_splits(name)["train"]]
+
+
+def test_a_question_beside_an_empty_prompt_is_not_lost():
+    """As two datasets that are concatenated have it."""
+    answers = {"chosen": "A: a", "rejected": "A: b"}
+    data = [{"prompt": "Hi", "question": None} | answers, {"prompt": None, "question": "Ho"} | answers]
+    with pytest.raises(InputError, match=r"^Row 1 .* unknown column 'question'"):
+        normalise_datasets(Dataset.from_list(data), "train")
+
+
+def test_no_tools_as_json():
+    data = [PAIR | {"tools": json.dumps([TOOL]), "chat_template_kwargs": "{}"}]
+    data += [PAIR | {"tools": "null", "chat_template_kwargs": "null"}]
+    assert [row["tools"] for row in normalise_datasets(Dataset.from_list(data), "train")] == [[TOOL], None]
+
+
+def test_a_transform_is_refused():
+    """Its columns are in no row that is stored, and it would be left out."""
+    data = Dataset.from_list([PAIR] * 2).with_transform(lambda batch: batch | {"images": [[]] * len(batch["prompt"])})
+    with pytest.raises(InputError, match=r"^The train dataset has a transform.*dataset\.map"):
+        normalise_datasets(data, "train")
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])

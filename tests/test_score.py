@@ -91,6 +91,17 @@ def test_a_function_that_fails_on_a_row_loses_no_row(body, problem, prompts, tmp
     assert report["problems"] == {"bad_row": 1} | ({"judge_failed": 1} if problem else {})
 
 
+def test_a_column_that_parquet_cannot_hold_is_text(tmp_path):
+    lines = [
+        {"prompt": "Ask a?", "kind": "lowercase", "argument": None, "meta": {}, "more": [{"deep": {}}]},
+        {"prompt": "b?", "meta": {}},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with ChatServer(reply) as server:
+        _, rows = scored(tmp_path / "out", tmp_path / "prompts.jsonl", "--model", "m", "--policy_base_url", server.url)
+    assert [(row["meta"], row["more"]) for row in rows.values()] == [("{}", '[{"deep": {}}]'), ("{}", None)]
+
+
 def test_a_model_in_this_process_answers_greedily_and_a_changed_one_anew(model_dir, prompts, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(model_dir, model)

@@ -101,6 +101,10 @@ def check_config(config: DPOConfig) -> None:
         from apo_trl.config.conflicts import check_value
 
         check_value(config, error)
+    if config.truncation_mode not in ("keep_start", "keep_end"):
+        from apo_trl.config.conflicts import truncation_error
+
+        raise truncation_error(config)
     names, known = loss_names(config), [*ADDED_LOSSES, *TRL_LOSSES]
     of_losses = config.loss_weights or config.use_weighting or config.f_divergence_type != "reverse_kl"
     if of_losses or not names or not set(known).issuperset(names):

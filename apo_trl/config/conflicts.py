@@ -15,7 +15,10 @@ from pydantic import ValidationError
 
 from apo_trl.errors import InputError, nearest
 
-__all__ = ["check_losses", "check_order", "check_value", "output_dir_error", "warn_of_rounding", "warn_of_smoothing"]
+__all__ = [
+    "check_losses", "check_order", "check_value", "output_dir_error", "truncation_error", "warn_of_rounding",
+    "warn_of_smoothing",
+]  # fmt: skip
 
 logger = get_logger(__name__)
 
@@ -65,6 +68,12 @@ def check_value(config: Any, error: ValidationError) -> None:
         default = type(config).__dataclass_fields__[name].default
         remedy = f"Change it{quotes}; the default is {default!r}"
         raise InputError(f"{name}: must {must}, got {value!r}. {remedy}.") from None
+
+
+def truncation_error(config: Any) -> InputError:
+    """Return the error for a `truncation_mode` that TRL would refuse with the first batch."""
+    mode, known = str(config.truncation_mode), ("keep_start", "keep_end")
+    return InputError(f"truncation_mode: '{mode}' is unknown.{nearest(mode, known)} Use one of {', '.join(known)}.")
 
 
 def output_dir_error(folder: str, existing: Path) -> InputError:

@@ -49,6 +49,11 @@ def normalise_datasets(argument: Any, name: str, needs_wins: bool = False, args:
 
 
 def _normalise(dataset: Any, name: str, *, needs_wins: bool, args: Any) -> Any:
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise InputError(
+            f"The {name} dataset has a transform, which rows get only when they are read. Apply it with `dataset.map`; "
+            "images are loaded when they are read by `dataset.cast_column('images', List(Image()))`."
+        )
     dataset = dataset.with_format(None)
     if isinstance(dataset, IterableDataset):
         from apo_trl.datasets.streams import check_first_row
@@ -68,7 +73,9 @@ def _normalise(dataset: Any, name: str, *, needs_wins: bool, args: Any) -> Any:
     kind = Value("string") if form == "text" else Json()
     kinds: dict[str, Any] = dict.fromkeys(("prompt", "chosen", "rejected"), kind)
     kinds |= {column: Json() for column in ("tools", "chat_template_kwargs") if column in columns}
-    read = [*kinds, "chosen_wins"] if "prompt" in columns else [name for name in columns if name not in _IMAGES]
+    # Where `prompt` is null the question may be in another column.
+    narrow = "prompt" in columns and not dataset.data["prompt"].null_count
+    read = [*kinds, "chosen_wins"] if narrow else [name for name in columns if name not in _IMAGES]
     function = functools.partial(_normal_columns, columns=[] if vision else list(kinds), **options)
     features = Features(_REASON if vision else _REASON | kinds)
     normal = _map(dataset, read, function, features, f"Reading {name} dataset", args)

@@ -7,7 +7,7 @@ from typing import Any
 from accelerate.logging import get_logger
 
 from apo_trl.config import has_option
-from apo_trl.errors import InputError, InvalidRow
+from apo_trl.errors import InputError, InvalidRow, StreamError
 from apo_trl.io.rows import OTHER_FORMATS, degenerate_reason, normalise_row, row_form
 from apo_trl.io.tokenization import encode_pair
 
@@ -31,7 +31,7 @@ def check_first_row(dataset: Any, name: str, needs_wins: bool) -> None:
     first = next(iter(dataset), None)
     if first is None:
         raise InputError(f"The {name} stream has no rows. Use one with at least one pair.")
-    _normalise(first, 0, name=name, needs_wins=needs_wins)
+    _normalise(first, 0, name=name, needs_wins=needs_wins, kind=InputError)
 
 
 def normalise_stream(dataset: Any, name: str, needs_wins: bool, processor: Any) -> Any:
@@ -42,15 +42,23 @@ def normalise_stream(dataset: Any, name: str, needs_wins: bool, processor: Any) 
     return dataset.map(function, with_indices=True).remove_columns(others)
 
 
-def _normalise(row: dict[str, Any], number: int, *, name: str, processor: Any = None, **options: Any) -> dict[str, Any]:
+def _normalise(
+    row: dict[str, Any],
+    number: int,
+    *,
+    name: str,
+    processor: Any = None,
+    kind: type[InputError] = StreamError,
+    **options: Any,
+) -> dict[str, Any]:
     try:
         normal = normalise_row(row, **options)
         if processor is not None and "images" not in normal and not isinstance(normal["prompt"], str):
             encode_pair(processor, normal)
     except InvalidRow as error:
-        raise InputError(f"Row {number} of the {name} stream {error}.") from error
+        raise kind(f"Row {number} of the {name} stream {error}.") from error
     except InputError as error:
-        raise InputError(f"Row {number} of the {name} stream: {error}") from error
+        raise kind(f"Row {number} of the {name} stream: {error}") from error
     return normal
 
 

@@ -86,8 +86,11 @@ def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         values = [row.get(name) for row in rows]
         try:
             columns[name] = pa.array(values)
+            is_writable = "struct<>" not in str(columns[name].type)  # Parquet has no objects without keys
         except (pa.ArrowException, OverflowError):  # values of different types
-            columns[name] = pa.array([None if value is None else json.dumps(value) for value in values])
+            is_writable = False
+        if not is_writable:
+            columns[name] = pa.array([None if value is None else json.dumps(value, default=str) for value in values])
         if pa.types.is_null(columns[name].type):
             columns[name] = columns[name].cast(pa.float64() if name in ("score", "words") else pa.string())
     with atomic_write(path) as part:

@@ -87,7 +87,7 @@ def normalise_columns(row: dict[str, Any], needs_wins: bool, vision: bool) -> di
     row = dict(row)
     for column, kind, empty in (("tools", list, None), ("chat_template_kwargs", dict, {})):
         if column in row:
-            row[column] = empty if row[column] in (None, "") else _parse(row[column], column, kind)
+            row[column] = empty if row[column] in (None, "", "null") else _parse(row[column], column, kind)
     if vision:
         images = row.pop("image", row.get("images"))
         listed = images if isinstance(images, (list, tuple)) else [images]

@@ -6,6 +6,7 @@
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,10 @@ def read_rows(path: str, split: str = "train") -> Iterator[dict[str, Any]]:
 
     Raises InputError if the dataset cannot be read, or a row is not an object.
     """
-    builder = file_builder(path)
+    builder, file = file_builder(path), str(packaged(path) or path)
     check_dataset(path, "dataset")
     try:
-        rows = _rows_of_file(path, builder) if builder else load_dataset(path, split=split, streaming=True)
+        rows = _rows_of_file(file, builder) if builder else load_dataset(path, split=split, streaming=True)
         for number, row in enumerate(rows, start=1):
             if not isinstance(row, Mapping):
                 raise InputError(f"Row {number} (counted from 1) of {path} is not a JSON object. Correct or remove it.")
@@ -181,16 +182,40 @@ def _load_files(builder: str, files: Any, kwargs: dict[str, Any]) -> Any:
     It would read dates as timestamps, and give all objects the keys, the order and the numbers of the first.
     """
     from datasets import Features, Json, List, Value
+    from datasets.exceptions import DatasetGenerationError
     from datasets.load import load_dataset
 
-    loaded = load_dataset(builder, data_files=files, **kwargs)
-    if builder != "json" or kwargs.get("streaming") or "features" in kwargs:
+    typed = builder != "json" or kwargs.get("streaming") or "features" in kwargs
+    try:
+        loaded = load_dataset(builder, data_files=files, **kwargs)
+    except DatasetGenerationError:
+        if typed:
+            raise
+        return load_dataset(builder, data_files=files, features=_features_of(files), **kwargs)
+    if typed:
         return loaded
     first = loaded[0] if isinstance(loaded, list) else loaded
     features = (next(iter(first.values())) if isinstance(first, dict) else first).features
     simple = (Value("string"), List({"role": Value("string"), "content": Value("string")}))
     kept = {name: Json() for name, kind in features.items() if name in ROW_COLUMNS and kind not in simple}
     return load_dataset(builder, data_files=files, features=Features(features | kept), **kwargs) if kept else loaded
+
+
+def _features_of(files: Any) -> Any:
+    """Return features that hold every row of JSON files; `datasets` takes those of the first 10 MB for all rows."""
+    from datasets import Features, Json, Value
+
+    types: dict[str, set[type]] = {}
+    for path in [files] if isinstance(files, str) else chain.from_iterable(files.values()):
+        for row in _rows_of_file(path, "json"):
+            for name, value in row.items():
+                types.setdefault(name, set()).add(type(value))
+    plain: dict[frozenset[type], str] = {
+        frozenset(): "null", frozenset({str}): "string", frozenset({bool}): "bool", frozenset({int}): "int64",
+        frozenset({float}): "float64", frozenset({int, float}): "float64",
+    }  # fmt: skip
+    kinds = {name: plain.get(frozenset(found - {type(None)})) for name, found in types.items()}
+    return Features({name: Value(kind) if kind else Json() for name, kind in kinds.items()})
 
 
 def _load_from_disk(path: str, split: Any, streaming: bool) -> Any:

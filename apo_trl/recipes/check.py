@@ -118,7 +118,7 @@ def _data(run: Any) -> Iterator[Finding]:
             continue
         if failure := first_failure(rows, split, tokenizer):
             yield Finding("error", failure)
-        elif longest is not None:
+        elif longest is not None and getattr(run.training, "truncation_mode", "") != "keep_end":
             too_long = [len(encode_pair(tokenizer, row)[0]) >= longest for row in rows]
             if any(too_long):
                 count = f"{sum(too_long)} of {len(too_long)} rows of the {split} dataset"

@@ -23,11 +23,10 @@ _FORMAT = 1  # increase it if log-probs change
 
 
 def current_fingerprint(trainer: Any) -> str | None:
-    """Return the fingerprint, computed again after training steps: not only adapters may have changed."""
-    step = trainer.state.global_step
-    if trainer._reference_fingerprint is None or trainer._reference_fingerprint[0] != step:
-        trainer._reference_fingerprint = (step, reference_fingerprint(trainer))
-    return trainer._reference_fingerprint[1]  # type: ignore[no-any-return]
+    """Return the fingerprint of the reference, computed once for the datasets of a constructor or an `evaluate`."""
+    if trainer._reference_fingerprint is None:
+        trainer._reference_fingerprint = (reference_fingerprint(trainer),)
+    return trainer._reference_fingerprint[0]  # type: ignore[no-any-return]
 
 
 def reference_fingerprint(trainer: Any) -> str | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from apo_trl.errors import InputError
+from apo_trl.errors import InputError, StreamError
 from apo_trl.io.disk import full_disk_error
 
 __all__ = [
@@ -65,7 +65,7 @@ def enable_info_log() -> None:
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Exit with one line per machine instead of a traceback.
+    """Exit with one line per machine instead of a traceback, after a `StreamError` with one per process.
 
     The status is 2 after an InputError, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP (a closed terminal), and
     141 if the program that reads the output has ended, such as `head`.
@@ -75,7 +75,7 @@ def exit_on_error() -> Iterator[None]:
             yield
             sys.stdout.flush()  # or a closed pipe is found when Python ends, with a traceback
         except InputError as error:
-            _exit(2, f"error: {error}")
+            _exit(2, f"error: {error}", everywhere=isinstance(error, StreamError))
         except BrokenPipeError:
             if not (closed := _closed_outputs()):
                 raise  # it was another pipe or a socket
@@ -132,8 +132,8 @@ def _interrupt_on_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _exit(status: int, message: str = "") -> NoReturn:
-    if message and is_local_main_process():
+def _exit(status: int, message: str = "", *, everywhere: bool = False) -> NoReturn:
+    if message and (everywhere or is_local_main_process()):
         with contextlib.suppress(OSError):  # the terminal is gone
             if os.environ.get(TRACEBACK):
                 traceback.print_exc()
