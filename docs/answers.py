@@ -194,29 +194,41 @@ def _saved(trainer, folder: str) -> dict:
 
 
 def train_rloo(task_name: str, reward, tokens: int, seed: int, folder: str) -> dict:
-    """Train with TRL's RLOO until as many tokens are sampled as the pairs needed; `reward`: a function or a model."""
+    """Train with TRL's RLOO until about `tokens` are sampled; `reward` is a function, or the folder of a model."""
     import torch
     from datasets import Dataset
+    from transformers import TrainerCallback
     from trl import RLOOConfig, RLOOTrainer
 
     task = load_task(task_name)
     torch.manual_seed(seed)
-    per_step, group = 32, 4
-    steps = max(1, round(tokens / (per_step * 0.75 * task.max_tokens)))
+    per_step, group, lengths = 32, 4, []
+
+    class Budget(TrainerCallback):
+        """Ends training at the step at which the number of sampled tokens is nearest to `tokens`."""
+
+        def on_log(self, args, state, control, logs=None, **others):
+            if "completions/mean_length" in logs:
+                lengths.append(logs["completions/mean_length"])
+                control.should_training_stop = (sum(lengths) + lengths[-1] / 2) * per_step >= tokens
+
     rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in task.train]
     config = RLOOConfig(
-        **_common(folder, seed, steps, rate=RLOO_RATE) | {"per_device_train_batch_size": per_step},
+        **_common(folder, seed, 50, rate=RLOO_RATE) | {"per_device_train_batch_size": per_step},
         num_generations=group, max_completion_length=task.max_tokens, temperature=1.0, beta=0.0,
         model_init_kwargs={"dtype": "bfloat16"},
     )  # fmt: skip
     dataset = Dataset.from_list(rows)
-    trainer = RLOOTrainer(model_folder(), reward, config, train_dataset=dataset, peft_config=_lora())
+    trainer = RLOOTrainer(
+        model_folder(), reward, config, train_dataset=dataset, peft_config=_lora(), callbacks=[Budget()]
+    )
     logs = _run(trainer)
     means = [entry["reward"] for entry in logs if "reward" in entry]
-    lengths = [entry["completions/mean_length"] for entry in logs if "completions/mean_length" in entry]
     return _saved(trainer, folder) | {
-        "steps": steps, "rewards": [round(value, 3) for value in means], "tokens": round(sum(lengths) * per_step),
-    }  # fmt: skip
+        "steps": len(lengths),
+        "rewards": [round(value, 3) for value in means],
+        "tokens": round(sum(lengths) * per_step),
+    }
 
 
 def train_reward_model(pairs: list[dict], seed: int, folder: str) -> tuple[str, float]:
