@@ -10,10 +10,21 @@ from apo_trl.checks.rewards import listed, reward_function
 __all__ = ["avoids", "contains", "exact", "number"]
 
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
-_HASHES = re.compile(r"####\s*(\S.*)")
-_STATED = re.compile(r"\banswer\b(?:[^\n.:]{0,60}?\bis\b|[*_ ]*:)[\s:]*(.+?)(?=[.!?](?:\s|$)|\n|$)", re.I)
-_AROUND = ".,;:!?\"'“”‘’`*_()[]$"
-_FRACTION = re.compile(r"(\d?)\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+# GSM8K's mark, and not a heading: a number alone, or whatever is in the last line.
+_HASHES = re.compile(
+    r"####[ \t]*([-−]?[$€£]?\d(?:[\d,./]*\d)?(?:[ \t]*[%\w]+)?)[ \t.]*$|####[ \t]*([^\n]*\S)\s*\Z", re.M
+)
+_STATED = re.compile(
+    r"(?:\banswer\b(?:[^\n.:]{0,60}?\bis\b|[*_ ]*:)|^[#*_]+ *(?:the |final )*answer[*_ ]*$)"
+    r"(?:```\w*\n|\\[\[(]|[\s:*_`$#>\[(])*(.+?)(?=[.!?](?:\s|$)|$)",
+    re.I | re.M,
+)
+_REMARK = re.compile(r"\b(?:hope|if|whether)\b[^.!?\n]*\Z", re.I)  # "I hope this answer is helpful"
+_WRAPPED = re.compile(r"\\(?:text|math|m)(?:bf|it|rm|box)?\s*\{([^{}]*)\}")
+_AROUND = ".,;:!?\"'“”‘’`*_()[]$\\"
+_SPACE = re.compile(r"\{,\}|(?<=[\d,])\\[!,](?=\d)")  # between thousands, in LaTeX
+_NOT_A_VALUE = re.compile(r"\^\s*(?:\{[^{}]*\}|[-−]?\d+)|\\sqrt\s*(?:\[[^]]*\]\s*)?\{[^{}]*\}")
+_FRACTION = re.compile(r"([-−]?)(\d?)\\[dt]?frac\s*\{\s*([-−]?)\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _NUMBER = re.compile(
     rf"(?<![\w.)])(?P<sign>[-−]?)[$€£]?(?P<whole>{_DIGITS}?(?:\.\d+|(?<=\d)))(?P<power>e[-+]?\d+)?"
@@ -22,12 +33,19 @@ _NUMBER = re.compile(
 )
 
 
-def final_answer(text: str) -> str:
-    """Return the last LaTeX box, else what follows `####`, else the last "answer is" or "answer:", else the text."""
-    for pattern in (_BOXED, _HASHES, _STATED):
-        if matches := pattern.findall(text):
-            return str(matches[-1])
-    return text
+def final_answers(text: str) -> list[str]:
+    """Return what a text may give as its answer, the likeliest first.
+
+    That is the last LaTeX box; else what follows the last `####`; else what follows the last "answer is", "answer:" or
+    heading "Answer", to the end of its sentence or of its line, then the one before; else the whole text.
+    """
+    if boxes := _BOXED.findall(text):
+        return boxes[-1:]
+    if marks := _HASHES.findall(text):
+        return [next(filter(None, marks[-1]))]
+    found = [match for match in _STATED.finditer(text) if not _REMARK.search(text[: match.start()])]
+    lines = {match: text[match.start(1) :].partition("\n")[0] for match in found}
+    return [each for match in reversed(found) for each in (match[1], lines[match])] or [text]
 
 
 @reward_function("answer")
@@ -38,12 +56,12 @@ def exact(text: str, expected: Any) -> bool:
     follows the last "the answer is" or "Answer:" in its sentence, else the whole text. Case, whitespace, punctuation
     and markup around words make no difference.
     """
-    given = _plain_words(final_answer(text))
     accepted = [_plain_words(str(value)) for value in listed(expected)]
-    return given in accepted or _plain_words(text) in accepted
+    return any(_plain_words(given) in accepted for given in (*final_answers(text)[:2], text))
 
 
 def _plain_words(text: str) -> list[str]:
+    text = _WRAPPED.sub(r"\1", text)
     return [word for part in text.casefold().split() if (word := part.strip(_AROUND))] or [text.strip()]
 
 
@@ -53,9 +71,10 @@ def number(text: str, expected: Any) -> bool:
 
     Compared is the last number of what `exact` takes for the answer, with a relative tolerance of one millionth. Read
     are signs, thousands separators, decimals, powers (1e5), fractions (3/4, 1 1/2, LaTeX's) and currency signs before a
-    number. A percentage equals its number and its hundredth: 50% is 50 and 0.5. Number words are not read.
+    number. A percentage equals its number and its hundredth: 50% is 50 and 0.5. Number words are not read, nor
+    exponents, as of "cm^2", and roots.
     """
-    given, wanted = last_number(final_answer(text)), last_number(final_answer(str(expected)))
+    given, wanted = (next(filter(None, map(last_number, final_answers(str(each)))), []) for each in (text, expected))
     if not wanted:
         raise ValueError("it is no number")
     return any(math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-12) for one in given for other in wanted)
@@ -63,7 +82,10 @@ def number(text: str, expected: Any) -> bool:
 
 def last_number(text: str) -> list[float]:
     """Return the last number of a text: none, one value, or two for a percentage."""
-    text = _FRACTION.sub(lambda match: f"{match[1]} {match[2]}/{match[3]}".lstrip(), text.replace("{,}", ","))
+    text = _NOT_A_VALUE.sub("", _SPACE.sub("", text))
+    text = _FRACTION.sub(
+        lambda match: f"{match[1] or match[3]}{f'{match[2]} ' * bool(match[2])}{match[4]}/{match[5]}", text
+    )
     for match in reversed(list(_NUMBER.finditer(text))):
         value = float(match["whole"].replace(",", "") + (match["power"] or ""))
         if match["below"]:
