@@ -34,6 +34,7 @@ REPLIES = {  # faults that are a reply of their own
     "500": (500, error("server_error", "The server had an error.")),
     "503": (503, error("server_error", "The engine is overloaded.")),
     "not_chat": (200, {"status": "ok"}),
+    "pending": (202, {"status": "pending"}),
     "html": (200, b"<html><body><h1>Bad gateway</h1></body></html>"),
 }
 FAULTS = (*REPLIES, "drop", "cut", "bad_json", "empty_choices", "slow")  # those here spoil an answer or its delivery

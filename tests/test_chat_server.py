@@ -145,6 +145,7 @@ EFFECTS = {
     "cut": (openai.APIConnectionError, True),
     "bad_json": (json.JSONDecodeError, False),
     "not_chat": (openai.types.chat.ChatCompletion, False),
+    "pending": (openai.types.chat.ChatCompletion, False),
     "empty_choices": (openai.types.chat.ChatCompletion, False),
     "html": (str, False),
     "slow": (openai.APITimeoutError, True),

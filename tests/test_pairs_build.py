@@ -226,7 +226,20 @@ def test_given_answers_and_whole_conversations_are_not_sampled_again(prompts, tm
     assert [text(row["rejected"]) for row in pairs(tmp_path / "out")] == ["Fine.", "Well."]
 
 
-FAULTS = ["429", "429_retry_after", "500", "503", "drop", "cut", "bad_json", "not_chat", "empty_choices", "html", "401"]
+FAULTS = [
+    "429",
+    "429_retry_after",
+    "500",
+    "503",
+    "drop",
+    "cut",
+    "bad_json",
+    "not_chat",
+    "pending",
+    "empty_choices",
+    "html",
+]
+FAULTS += ["401"]
 
 
 @pytest.mark.slow

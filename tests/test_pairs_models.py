@@ -84,6 +84,15 @@ def test_a_reward_model_ranks_without_any_server(prompts, tmp_path):  # noqa: F8
     assert report["kept"] == 5
     assert report["judge"] == {"scores": 15, "invalid": 0}
 
+    template = tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + template
+    )
+    tokenizer.save_pretrained(tmp_path / "reward")
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which?"}]
+    again = build(make_settings(recipe | {"prompts": prompts([*rows, rows[0] | {"id": "s", "prompt": system}])})).report
+    assert (again["kept"], again["dropped"]) == (5, {"judge_error": 1})
+
     def score(row, reply):
         chat = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": reply}]
         ids = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")["input_ids"]

@@ -313,7 +313,7 @@ def test_the_help_shows_defaults_that_are_zero(capsys):
     add_arguments(parser)
     text = " ".join(parser.format_help().split())
     for words in ("of sampling (default: 0)", "--ROLE_temperature FLOAT of sampling; null leaves it out (default: 0.7, "
-                  "policy 1, judge 0)", "--ROLE_timeout FLOAT seconds for one try (default: 600)",
+                  "policy 1, judge 0)", "--ROLE_timeout FLOAT seconds without a byte that end a try (default: 600)",
                   "(default: pairwise)"):  # fmt: skip
         assert words in text
 

@@ -36,6 +36,10 @@ command, *words = sys.argv[1:]
 root = pathlib.Path(os.environ["STUB"])
 with (root / "calls").open("a") as calls:
     print(command, *words, file=calls)
+
+def refused(name):
+    return {"policy_error": 2} if (root / f"refused-{name}").exists() else {}
+
 fails = root / f"fail-{command}"
 if fails.exists():
     fails.unlink()
@@ -50,7 +54,9 @@ if command == "pairs":
     keys = yaml.safe_load(open(words[1]))
     none = (root / f"none-{pathlib.Path(keys['output_dir']).parent.name}").exists()
     put(pathlib.Path(keys["output_dir"], "report.json"),
-        {"kept": 0 if none else 7, "dropped": {"no_revision": 5}, "complete": not (root / "incomplete").exists()})
+        {"kept": 0 if none else 7, "dropped": {"no_revision": 5} | refused("pairs"),
+         "complete": not (root / "incomplete").exists(),
+         "stopped": "max_cost is reached." if (root / "stopped").exists() else ""})
     sys.exit(none)
 elif command == "train":
     keys = yaml.safe_load(open(words[0]))
@@ -67,7 +73,7 @@ elif command == "score":
     share = [0.2 * number, 0.1 * number, 0.3 * number]
     kinds = {"<b>": {"prompts": 5, "followed": share}}
     put(pathlib.Path(keys["--output_dir"], "score.json"),
-        {"followed": share, "by_kind": kinds, "broken": 0.1, "words": 12.5})
+        {"followed": share, "by_kind": kinds, "broken": 0.1, "words": 12.5, "problems": refused("score")})
 """
 SERVER = """\
 import http.server, os, pathlib, subprocess, sys
@@ -117,7 +123,10 @@ def make(tmp_path, model_dir):
                 "reviser_function": "apo_trl.pairs.instructions:revise",
             },
             "train": {"use_peft": True, "max_steps": 2},
-            "score": {"prompts": "held_out.jsonl", "judge_function": "apo_trl.checks:number"},
+            "score": {
+                "prompts": write(tmp_path / "held_out.jsonl", [{"prompt": "Q"}]),
+                "judge_function": "apo_trl.checks:number",
+            },
         }
         for key, value in changes.items():
             values[key] = values[key] | value if isinstance(value, dict) else value
@@ -251,12 +260,23 @@ class TestResume:
         run_rounds(make(rounds=3))
         assert calls(stub) == [*before, *ROUND]
 
-    def test_pairs_that_are_not_complete_are_not_trained_on(self, stub, make):
-        (stub / "incomplete").touch()
-        with pytest.raises(InputError, match=r"round 1, pairs: some requests failed"):
+    @pytest.mark.parametrize("name", ["pairs", "score"])
+    def test_what_failed_is_requested_once_more_and_then_left_out(self, stub, make, capsys, name):
+        (stub / f"refused-{name}").touch()
+        page = run_rounds(make(rounds=1)).read_text()
+        again = ["score"] * (1 + (name == "score")), ["pairs"] * (1 + (name == "pairs"))
+        assert calls(stub) == [*again[0], *again[1], "train", *again[0]]
+        assert "2 rows are left out: their requests failed twice" in capsys.readouterr().out
+        assert "Round 1: 2 rows are left out" in page
+        rounds = json.loads((stub / "out/summary.json").read_text())["rounds"]
+        assert [row["failed_requests"] for row in rounds] == [2 * (name == "score"), 2]
+
+    def test_pairs_of_a_run_that_stopped_early_are_not_trained_on(self, stub, make):
+        (stub / "stopped").touch()
+        with pytest.raises(InputError, match=r"round 1, pairs: max_cost is reached"):
             run_rounds(make())
         assert "train" not in calls(stub)
-        (stub / "incomplete").unlink()
+        (stub / "stopped").unlink()
         run_rounds(make())
         assert calls(stub) == ["score", "pairs", *ROUND, *ROUND]
 

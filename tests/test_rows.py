@@ -249,6 +249,13 @@ def test_a_question_beside_an_empty_prompt_is_not_lost():
         normalise_datasets(Dataset.from_list(data), "train")
 
 
+def test_tool_calls_as_json():
+    as_text = [PAIR["chosen"][0] | {"tool_calls": json.dumps(calls(a=1)["tool_calls"])}]
+    assert normalise_row(PAIR | {"chosen": as_text})["chosen"][0]["tool_calls"] == calls(a=1)["tool_calls"]
+    with pytest.raises(InvalidRow, match="no valid 'tool_calls'"):
+        normalise_row(PAIR | {"chosen": [says("Hi") | {"tool_calls": "call"}]})
+
+
 def test_no_tools_as_json():
     data = [PAIR | {"tools": json.dumps([TOOL]), "chat_template_kwargs": "{}"}]
     data += [PAIR | {"tools": "null", "chat_template_kwargs": "null"}]

@@ -13,8 +13,8 @@ from chat_server import ChatServer
 from apo_trl.cli import main as cli
 from apo_trl.errors import InputError
 from apo_trl.evaluation.report import report as write_report
-from apo_trl.evaluation.report.scores import comparison, read_scores
-from apo_trl.evaluation.score import summarise
+from apo_trl.evaluation.report.scores import comparison, read_scores, scores_page
+from apo_trl.evaluation.score import summarise, table
 from apo_trl.pairs.llm.response_cache import open_read_only
 
 INSTRUCTIONS = "apo_trl.pairs.instructions:reward"
@@ -100,6 +100,27 @@ def test_a_column_that_parquet_cannot_hold_is_text(tmp_path):
     with ChatServer(reply) as server:
         _, rows = scored(tmp_path / "out", tmp_path / "prompts.jsonl", "--model", "m", "--policy_base_url", server.url)
     assert [(row["meta"], row["more"]) for row in rows.values()] == [("{}", '[{"deep": {}}]'), ("{}", None)]
+
+
+def test_kinds_of_any_type_and_requests_that_failed(tmp_path, capsys):
+    lines = [{"prompt": f"{name}?", "kind": kind} for name, kind in zip("abc", (0, [], "x"), strict=True)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "mine.py").write_text("def judge(completions):\n    return [1.0] * len(completions)\n")
+    with ChatServer(reply) as server:
+        more = ["--model", "m", "--policy_base_url", server.url]
+        report, _ = scored(tmp_path / "out", tmp_path / "prompts.jsonl", *more, function=f"{tmp_path}/mine.py:judge")
+    assert report["by_kind"].keys() == {"0", "x"}
+    assert "failed" not in table(report)
+    assert "Run the same command again" in table(report | {"problems": {"policy_error": 1}})
+    assert "failed" not in table(report | {"problems": {"not_asked": 1}, "stopped": "max_cost is reached."})
+
+
+def test_a_repeated_prompt_hides_no_score(tmp_path):
+    folder = folder_of(tmp_path / "one", [1.0, 0.0])
+    rows = pq.read_table(folder / "answers.parquet").to_pylist()
+    pq.write_table(pa.Table.from_pylist([*rows, rows[1] | {"score": None}]), folder / "answers.parquet")
+    assert [row["score"] for row in read_scores(folder, "one").answers.values()] == [0.0, 1.0]
+    assert "score 0" in scores_page([read_scores(folder, "one")])
 
 
 def test_a_model_in_this_process_answers_greedily_and_a_changed_one_anew(model_dir, prompts, tmp_path):

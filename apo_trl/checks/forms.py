@@ -5,6 +5,7 @@ import json
 import re
 import textwrap
 import warnings
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from apo_trl.checks.repetition import words
@@ -20,8 +21,9 @@ _FENCED = re.compile(r"^[ \t]*(```+|~~~+)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.M | 
 _ITEM = re.compile(r"^([ \t]*)(?:\*\*|__)?(?:(\d{1,3})[.)]|[-*+•–])(?:\*\*|__)?[ \t]+(?=.*\w)", re.M)
 _END = re.compile(r"(?<=[.!?…])[\"'”’)\]*_]*\s+|(?<=[。！？])")
 _ABBREVIATED = re.compile(
-    r"(?:\b(?i:mr|mrs|ms|dr|prof|st|vs|fig|approx|cf|(?:[a-z]\.)+[a-z])|\b[A-HJ-Z]|^\W*\d{1,3})\.$"
+    r"(?:\b(?i:mr|mrs|ms|dr|prof|st|mt|vs|fig|approx|cf|(?:[a-z]\.)+[a-z])|\b[A-HJ-Z]|^\W*\d{1,3})\.$"
 )
+_MAY_END = re.compile(r"\b(?i:jr|sr|inc|ltd|co|corp|etc|al)\.$")  # a sentence, unless a small letter follows
 
 
 @reward_function()
@@ -53,7 +55,11 @@ def _sentences(text: str) -> int:
     for line in text.splitlines():
         parts = _END.split(line)
         # An abbreviation, an initial or the number of an item ends no sentence.
-        ends = [part for part in parts[:-1] if words(part) and not _ABBREVIATED.search(part)]
+        ends = [
+            part
+            for part, after in pairwise(parts)
+            if words(part) and not _ABBREVIATED.search(part) and not (_MAY_END.search(part) and after[:1].islower())
+        ]
         count += len(ends) + bool(words(parts[-1]))
     return count
 

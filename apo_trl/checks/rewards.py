@@ -74,7 +74,7 @@ def by_kind(
         InputError: A kind is unknown, or has no argument and needs one.
     """
     rows = zip(completions, kind, argument or [None] * len(completions), strict=True)
-    return [None if name is None else _lowest(completion, name, value) for completion, name, value in rows]
+    return [None if name in (None, []) else _lowest(completion, name, value) for completion, name, value in rows]
 
 
 def _lowest(completion: Any, kind: Any, argument: Any) -> float:

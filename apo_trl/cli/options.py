@@ -66,7 +66,8 @@ def positive_int(text: str) -> int:
 def answering_keys(*roles: str) -> set[str]:
     """Return the keys of `apo-trl pairs` for roles, as `policy_`, that `anchor`, `compare` and `score` have, too."""
     of_roles = {key for key in known_keys() if key.startswith(roles) and not key.endswith("_model")}
-    return of_roles | {"seed", "concurrency", "max_requests", "max_cost", "max_failures", "function_timeout"}
+    limits = {"concurrency", "max_requests", "max_cost", "max_failures", "function_timeout"}
+    return of_roles | limits | {"seed", "cache_by_url"}
 
 
 def exit_if_stopped(reason: str) -> None:

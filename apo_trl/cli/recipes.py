@@ -6,6 +6,7 @@ from typing import Any
 
 from apo_trl.cli.options import add_command, positive_int
 from apo_trl.errors import InputError
+from apo_trl.io.files import atomic_write
 from apo_trl.io.resources import find_recipe, hardware, recipe_names
 from apo_trl.training.console import quiet_libraries
 
@@ -57,7 +58,9 @@ def show(name: str) -> None:
 def copy(name: str, file: Path) -> None:
     if file.exists():
         raise InputError(f"FILE: {file} exists. Set another file or remove it.")
-    file.write_text(find_recipe(name).read_text(encoding="utf-8"), encoding="utf-8")
+    text = find_recipe(name).read_text(encoding="utf-8")
+    with atomic_write(file) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def check(files: list[str]) -> None:

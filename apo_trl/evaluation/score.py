@@ -22,6 +22,7 @@ from apo_trl.pairs.config.settings import Settings
 from apo_trl.pairs.llm.requests import Dropped, Requester
 from apo_trl.pairs.methods import with_system
 from apo_trl.pairs.prompts import PromptSource, Record
+from apo_trl.pairs.text.reasons import WAITING
 
 __all__ = ["score", "summarise", "table"]
 
@@ -108,10 +109,10 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     scored = [row for row in rows if row["score"] is not None]
     answered = [row for row in rows if row["words"] is not None]
-    kinds = sorted({_kind(row) for row in scored if row.get("kind") is not None})
+    kinds = sorted({_kind(row) for row in scored if row.get("kind") not in (None, [])})
     faults = Counter(row["broken"] for row in answered)
     low = sorted((row for row in scored if row["score"] <= FOLLOWED), key=lambda row: row["score"])
-    of_kinds = {kind: [row for row in scored if row.get("kind") is not None and _kind(row) == kind] for kind in kinds}
+    of_kinds = {kind: [row for row in scored if _kind(row) == kind] for kind in kinds}
     return {
         "prompts": len(rows),
         "scored": len(scored),
@@ -128,7 +129,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _kind(row: Mapping[str, Any]) -> str:
-    return row["kind"] if isinstance(row["kind"], str) else " + ".join(map(str, row["kind"]))
+    kind = row.get("kind")
+    return " + ".join(map(str, kind)) if isinstance(kind, list) else str(kind)
 
 
 def _followed(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
@@ -152,6 +154,8 @@ def table(report: Mapping[str, Any]) -> str:
         lines.append(f"  {'words, mean':<22}{report['words']:7.3g}")
     if report["problems"]:
         lines.append("No score: " + ", ".join(f"{count:,} {name}" for name, count in report["problems"].items()) + ".")
+    if WAITING.intersection(report["problems"]) and not report.get("stopped"):
+        lines.append("Some requests failed. Run the same command again to retry only those.")
     if report["worst"]:
         lines.append(f"Lowest scores: {', '.join(report['worst'])}")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from apo_trl.errors import InvalidRow
 from apo_trl.io.messages import replace_surrogates
 
 __all__ = ["as_json", "check_role", "content_error", "message_list", "missing_column", "normalise_columns"]
-__all__ += ["parse_messages", "unknown_column"]
+__all__ += ["parse_list", "parse_messages", "unknown_column"]
 
 _SINGLE_ANSWERS = {"messages", "conversations", "completion", "answer", "response", "output", "text"}
 
@@ -93,6 +93,11 @@ def normalise_columns(row: dict[str, Any], needs_wins: bool, vision: bool) -> di
         listed = images if isinstance(images, (list, tuple)) else [images]
         row["images"] = [image for image in listed if image is not None]
     return row
+
+
+def parse_list(text: str, field: str) -> list[Any]:
+    """Return the list of objects that a text holds as JSON, or raise InvalidRow."""
+    return list(_parse(text, field, list))
 
 
 def as_json(value: Any) -> Any:

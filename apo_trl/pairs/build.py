@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from apo_trl.errors import InputError
+from apo_trl.io.readers import check_dataset
+from apo_trl.models.loading import load_tokenizer
 from apo_trl.pairs.config.settings import Settings
 from apo_trl.pairs.functions.process import load_function
 from apo_trl.pairs.judging import Notes
@@ -20,7 +22,8 @@ from apo_trl.pairs.progress import Progress
 from apo_trl.pairs.prompts import PromptSource, Record
 from apo_trl.pairs.text.templates import load_template
 
-__all__ = ["End", "Make", "build", "check_columns", "check_templates", "each_row", "process_all", "take_over_shards"]
+__all__ = ["End", "Make", "build", "check_columns", "check_inputs", "check_templates", "each_row", "process_all"]
+__all__ += ["take_over_shards"]
 
 _SHOWN = 200  # characters of a prompt that `apo-trl pairs show` has
 Make = Callable[[Requester, Settings, Record, Notes], Awaitable[Any]]
@@ -43,8 +46,9 @@ def build(settings: Settings) -> Result:
     Raises:
         InputError: The recipe or its prompts cannot be used; nothing has been requested.
     """
-    source = PromptSource(settings)
-    check_templates(settings)
+    source = check_inputs(settings)
+    if settings.tokenizer:
+        load_tokenizer(settings.tokenizer)
     records = Counter(record.fault if record.reason == "bad_row" else "" for record in source)
     with ResponseCache(settings.folder) as store:
         progress = Progress(records.total())
@@ -56,6 +60,15 @@ def build(settings: Settings) -> Result:
         limits = servers.limits
         counts = servers.requester.thoughts, servers.requester.repairs
         return write(settings, store, limits.stopped, limits.broken, servers.notes, *counts)
+
+
+def check_inputs(settings: Settings) -> PromptSource:
+    """Return the prompts of a run; raise InputError if a file, template or function that the run reads is unusable."""
+    source = PromptSource(settings)
+    check_templates(settings)
+    for path in settings.eval_sets:
+        check_dataset(path, "eval_sets")
+    return source
 
 
 def check_templates(settings: Settings) -> None:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from apo_trl.errors import InputError
-from apo_trl.io.resources import find_recipe, read_yaml
+from apo_trl.io.resources import find_recipe, read_yaml, recipe_folder
 from apo_trl.recipes.catalog import local_dataset
 
 __all__ = ["Finding", "check"]
@@ -45,10 +46,11 @@ def _check_pairs_recipe(path: str) -> None:
     from apo_trl.pairs import check_installed
 
     check_installed()
-    from apo_trl.pairs.build import check_templates
+    from apo_trl.pairs.build import check_inputs, check_templates
     from apo_trl.pairs.config.settings import parse
 
-    check_templates(parse(path, {}, environment=False))
+    is_packaged = Path(path).is_relative_to(recipe_folder())  # then prompts are to be set
+    (check_templates if is_packaged else check_inputs)(parse(path, {}, environment=False))
 
 
 def _check_rounds_recipe(path: str) -> None:

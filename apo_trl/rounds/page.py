@@ -12,8 +12,9 @@ from apo_trl.evaluation.report.figures import png, style
 from apo_trl.evaluation.report.runs import read_log
 from apo_trl.io.files import atomic_write, read_json, write_json
 from apo_trl.io.html import render
+from apo_trl.pairs.text.reasons import WAITING
 
-__all__ = ["disk_use", "write_page"]
+__all__ = ["disk_use", "failed_requests", "write_page"]
 
 
 def write_page(folder: Path, rounds: int) -> Path:
@@ -43,6 +44,13 @@ def disk_use(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
+def failed_requests(folder: Path, stage: str) -> int:
+    """Return the number of rows of a round's `pairs` or `score` that have no result because a request failed."""
+    report = read_json(folder / stage / ("report.json" if stage == "pairs" else "score.json"))
+    counts = report["dropped" if stage == "pairs" else "problems"] if isinstance(report, dict) else {}
+    return sum(count for reason, count in counts.items() if reason in WAITING)
+
+
 def _round(folder: Path, number: int) -> dict[str, Any]:
     score = read_json(folder / "score" / "score.json")
     if not isinstance(score, dict) or score.get("followed") is None:
@@ -56,6 +64,7 @@ def _round(folder: Path, number: int) -> dict[str, Any]:
         shares = [*log.get("apo/displaced", {}).values()]
         row["displaced"] = fmean(shares[len(shares) // 2 :]) if shares else None
     markers = [read_json(folder / f"{name}.json") for name in ("pairs", "train", "merge", "score")]
+    row["failed_requests"] = sum(failed_requests(folder, stage) for stage in ("pairs", "score"))
     row["seconds"] = round(sum(marker["seconds"] for marker in markers if marker), 1)
     return row
 

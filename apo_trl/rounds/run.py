@@ -16,8 +16,9 @@ from apo_trl.io.readers import read_rows
 from apo_trl.io.resources import packaged
 from apo_trl.models.merge import DTYPES
 from apo_trl.models.packaged import resolve_model
+from apo_trl.pairs.build import check_inputs
 from apo_trl.pairs.config.settings import make_settings
-from apo_trl.rounds.page import write_page
+from apo_trl.rounds.page import failed_requests, write_page
 from apo_trl.rounds.processes import Server, run_command
 from apo_trl.rounds.settings import Settings, keep_settings
 from apo_trl.training.lock import output_lock
@@ -52,7 +53,7 @@ def check(settings: Settings) -> None:
     policy = {"policy_model": settings.model_name_or_path, "output_dir": settings.output_dir}
     for section, values in (("pairs", settings.pairs), ("score", settings.score | {"method": "on_policy_judge"})):
         try:
-            make_settings(values | policy)
+            check_inputs(make_settings(values | policy))
         except InputError as error:
             raise InputError(f"{section}.{error}") from error
     from apo_trl.training.arguments import parse
@@ -124,10 +125,7 @@ class _Rounds:
             keep_settings(self.settings, self.folder)  # a function may have been edited during the last stage
             print(f"Round {number} of {self.settings.rounds}: {name} ...", flush=True)
             started = time.monotonic()
-            run_command(getattr(self, f"_{name}")(number), folder / f"{name}.log", field)
-            if name == "pairs" and not read_json(folder / "pairs" / "report.json")["complete"]:
-                log = folder / "pairs.log"
-                raise InputError(f"{field}: some requests failed. See {log}, and run the same command again.")
+            self._run(number, name, field)
             done = {"seconds": round(time.monotonic() - started, 1)}
             write_json(marker, done)
         self._left.remove(name)
@@ -137,6 +135,18 @@ class _Rounds:
         if name == "train":
             for checkpoint in (folder / "policy").glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
+
+    def _run(self, number: int, name: str, field: str) -> None:
+        """Run the command of a stage, and again if requests failed; rows whose requests fail twice are left out."""
+        arguments, folder = getattr(self, f"_{name}")(number), self._folder(number)
+        log = folder / f"{name}.log"
+        run_command(arguments, log, field)
+        if name == "pairs" and (stopped := read_json(folder / "pairs" / "report.json")["stopped"]):
+            raise InputError(f"{field}: {stopped} See {log}, and run the same command again.")
+        if name in ("pairs", "score") and failed_requests(folder, name):
+            run_command(arguments, log, field)
+            if failed := failed_requests(folder, name):
+                print(f"  {failed:,} rows are left out: their requests failed twice. See {log}.", flush=True)
 
     def _time_left(self) -> str:
         if not self._left or not self._seconds.keys() >= {*self._left}:

@@ -64,7 +64,10 @@ def parse(recipe: str, options: Sequence[str] = ()) -> Settings:
         target = values.setdefault(section, {}) if key else values
         if not isinstance(target, dict):
             raise InputError(f"{option}: {section} has no keys. Correct the option.")
-        target[key or section] = yaml.safe_load(text)
+        try:
+            target[key or section] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            target[key or section] = text  # such as a prompt with a colon
     try:
         settings = Settings.model_validate(values)
     except ValidationError as invalid:

@@ -221,7 +221,10 @@ def _typed(settings: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"--set: must be KEY=VALUE, got '{setting}'. Write for example --set beta=0.1.")
         if key not in known:
             raise InputError(f"--set: unknown key '{key}'.{nearest(key, known)} Set a key of DPOConfig.")
-        items = yaml.safe_load(text) if text.startswith("[") else [text]
+        try:
+            items = yaml.safe_load(text) if text.startswith("[") else [text]
+        except yaml.YAMLError as error:
+            raise InputError(f"--set: {key}: {text!r} is no list. Write for example [apo_zero,sft].") from error
         try:
             values |= vars(_parser(APOConfig).parse_known_args([f"--{key}", *map(str, items)])[0])
         except argparse.ArgumentError as error:

@@ -40,7 +40,8 @@ def read_scores(folder: Path, name: str) -> Scores:
             raise ValueError("score.json is damaged")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{folder}: scores cannot be read ({str(error)[:150]}). Run `apo-trl score` again.") from error
-    return Scores(name, report, {row["id"]: row for row in rows})
+    # A repeated prompt may have the id of the first one, but no score.
+    return Scores(name, report, {row["id"]: row for row in reversed(rows)})
 
 
 def scores_page(runs: Sequence[Scores]) -> str:

@@ -86,7 +86,7 @@ class Role(_Keys):
     extra_body: dict[str, Any] = _key({}, "more fields of a request, as {min_p: 0.05}")
     system_prompt: str | None = _key(None, "for conversations without one (policy, stronger)")
     template: str | None = _key(None, "Jinja file of the prompt (reviser, judge)")
-    timeout: float = _key(600.0, "seconds for one try", gt=0)
+    timeout: float = _key(600.0, "seconds without a byte that end a try", gt=0)
     max_retries: int = _key(5, "tries after the first (408, 409, 429, 5xx, connection)", ge=0)
     requests_per_minute: float | None = _key(None, "rate limit", gt=0)
     tokens_per_minute: float | None = _key(None, "rate limit, prompts and answers together", gt=0)

@@ -67,8 +67,8 @@ def _unreachable(error: BaseException) -> str:
 
 
 async def _require_completion(response: Any) -> None:
-    """Raise for a 200 without a completion, or with an error, what the SDK retries: that the connection broke."""
-    if response.status_code != 200:
+    """Raise for a 2xx without a completion, or with an error, what the SDK retries: that the connection broke."""
+    if not response.is_success:
         return
     try:
         body = json.loads(await response.aread())

@@ -218,12 +218,24 @@ class RewardModel(_ChatModel):
         self._pad_token: int | None = self.model.config.get_text_config().pad_token_id
 
     def answer(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Score the messages of request bodies; each response is a score in brackets, as a judge writes it."""
-        rendered = (self._tokenize(body["messages"], add_generation_prompt=False) for body in bodies)
-        fitting = {index: ids for index, ids in enumerate(rendered) if len(ids) <= self._longest}
-        responses = self._in_batches(fitting, len, self._score)
-        too_long = _error(f"messages: longer than the model's {self._longest} tokens.")  # nothing is truncated
-        return [responses.get(index, too_long) for index in range(len(bodies))]
+        """Score the messages of request bodies; each response is a score in brackets, as a judge writes it.
+
+        A request that fails affects no other one; its response is `{"error": {"message": ...}}`.
+        """
+        responses: dict[int, dict[str, Any]] = {}
+        fitting: dict[int, list[int]] = {}
+        for index, body in enumerate(bodies):
+            try:
+                ids = self._tokenize(body["messages"], add_generation_prompt=False)
+            except InputError as error:
+                responses[index] = _error(str(error))
+                continue
+            if len(ids) <= self._longest:
+                fitting[index] = ids
+            else:  # nothing is truncated
+                responses[index] = _error(f"messages: longer than the model's {self._longest} tokens.")
+        responses |= self._in_batches(fitting, len, self._score)
+        return [responses[index] for index in range(len(bodies))]
 
     @torch.inference_mode()
     def _score(self, batch: list[list[int]]) -> list[dict[str, Any]]:

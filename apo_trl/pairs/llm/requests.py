@@ -175,7 +175,7 @@ class Requester:
         source["parameters"] = parameters
         if self._by_url:
             source["base_url"] = role.base_url
-        if role.model and role.base_url is None and (weights := _weights(Path(role.model))):
+        if role.model and (weights := _weights(Path(role.model))):  # a server may name it by its folder, too
             source["weights"] = weights
         body = {"model": role.model, "messages": messages, **parameters}
         seed = int(hashlib.sha256(text.encode()).hexdigest()[:7], 16)
