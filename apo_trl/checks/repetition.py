@@ -18,7 +18,8 @@ def broken(text: str) -> str | None:
     """Return what is wrong with an answer as a text: "empty", "repetition", or None.
 
     Repetition is one of: the same passage three times in a row, with six words or more after the first time; half of
-    the words in passages of twelve words and signs that occur earlier in the text; the same letters twenty times.
+    the words in passages of twelve words and signs that occur earlier in the text; the same letters or digits
+    twenty times.
     """
     if not text.strip():
         return "empty"
