@@ -3,15 +3,11 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["InputError", "InvalidRow", "StreamError", "nearest"]
+__all__ = ["InputError", "InvalidRow", "nearest"]
 
 
 class InputError(ValueError):
     """Unusable input of the user. The message names the field, what is wrong, and what to do."""
-
-
-class StreamError(InputError):
-    """An invalid row of a stream, which only the process that reads it finds."""
 
 
 class InvalidRow(InputError):

@@ -209,10 +209,6 @@ class _AnchoredTrainer(DPOTrainer):
         """Write `run.json` into the output folder, and train as TRL does."""
         if self.is_world_process_zero():
             write_run(self)
-        if torch.bfloat16 in {weight.dtype for weight in self.model.parameters()}:
-            from apo_trl.config.conflicts import warn_of_rounding
-
-            warn_of_rounding(self)
         return super().train(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,8 @@ import pytest
 from test_resume import BIN, RESUME, TWO, command_lines
 
 from apo_trl import train
-from apo_trl.errors import InputError, StreamError
+from apo_trl.datasets.streams import StreamError
+from apo_trl.errors import InputError
 from apo_trl.io.disk import full_disk_error
 from apo_trl.io.files import write_json
 from apo_trl.pairs.llm.response_cache import ResponseCache

@@ -1,8 +1,10 @@
 """Functions in the place of a reviser: what they get, what is cached, and every way in which one goes wrong."""
 
 import asyncio
+import contextlib
 import json
 import os
+import time
 from datetime import date
 from pathlib import Path
 
@@ -218,7 +220,11 @@ def test_a_process_and_its_children_end_with_the_call(tmp_path):
     ((_, problem),) = call(f"{tmp_path}/forks.py:forks", [{"prompts": "any"}])
     assert "within 1 seconds" in problem
     status = Path(f"/proc/{(tmp_path / 'pids').read_text()}/stat")
-    assert not status.exists() or status.read_text().split()[2] == "Z"
+    deadline = time.monotonic() + 10  # on a busy machine the killed process may end a little later
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while status.read_text().split()[2] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_a_batch_takes_what_waits_and_no_more_than_its_size():

@@ -542,8 +542,9 @@ class TestReward:
 
     def test_a_template_that_refuses(self, reward):
         reward.tokenizer.chat_template = REFUSING + TEMPLATE
-        with pytest.raises(InputError, match="messages: not supported by the chat template"):
-            rewards(reward, [TALKS[0], [{"role": "tool", "content": "x"}]])
+        score, refused = reward.answer([{"messages": TALKS[0]}, {"messages": [{"role": "tool", "content": "x"}]}])
+        assert text(score).startswith("[[")
+        assert "messages: not supported by the chat template" in refused["error"]["message"]
 
     def test_nothing(self, reward):
         assert rewards(reward, []) == []

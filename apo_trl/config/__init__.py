@@ -10,9 +10,7 @@ from trl import DPOConfig
 
 from apo_trl.losses import LOSSES
 
-__all__ = [
-    "ADDED_LOSSES", "SMOOTHED_LOSSES", "TRL_LOSSES", "APOConfig", "check_config", "has_option", "loss_names",
-]  # fmt: skip
+__all__ = ["ADDED_LOSSES", "SMOOTHED_LOSSES", "TRL_LOSSES", "APOConfig", "check_config", "has_option", "loss_names"]
 
 _LISTED = re.findall(r"'(\w+)'", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
 
@@ -87,6 +85,7 @@ _CHECKED: dict[str, Any] = {
     for name, hint in get_type_hints(APOConfig).items()
     if str not in get_args(hint) and not {float, int, bool, list[float]}.isdisjoint((hint, *get_args(hint)))
 }
+_TRUNCATION = ("keep_start", "keep_end")
 _Values = create_model("_Values", __config__=ConfigDict(strict=True, allow_inf_nan=False), **_CHECKED)
 
 
@@ -101,16 +100,12 @@ def check_config(config: DPOConfig) -> None:
         from apo_trl.config.conflicts import check_value
 
         check_value(config, error)
-    if config.truncation_mode not in ("keep_start", "keep_end"):
-        from apo_trl.config.conflicts import truncation_error
-
-        raise truncation_error(config)
     names, known = loss_names(config), [*ADDED_LOSSES, *TRL_LOSSES]
     of_losses = config.loss_weights or config.use_weighting or config.f_divergence_type != "reverse_kl"
-    if of_losses or not names or not set(known).issuperset(names):
-        from apo_trl.config.conflicts import check_losses
+    if of_losses or not names or not set(known).issuperset(names) or config.truncation_mode not in _TRUNCATION:
+        from apo_trl.config.conflicts import check_names
 
-        check_losses(config, names, ADDED_LOSSES, known)
+        check_names(config, names, ADDED_LOSSES, known)
     if has_option(config, "group_by_prompt"):
         from apo_trl.config.conflicts import check_order
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from accelerate.logging import get_logger
 from packaging.version import Version
@@ -15,10 +14,7 @@ from pydantic import ValidationError
 
 from apo_trl.errors import InputError, nearest
 
-__all__ = [
-    "check_losses", "check_order", "check_value", "output_dir_error", "truncation_error", "warn_of_rounding",
-    "warn_of_smoothing",
-]  # fmt: skip
+__all__ = ["check_names", "check_order", "check_value", "output_dir_error", "warn_of_smoothing"]
 
 logger = get_logger(__name__)
 
@@ -33,8 +29,11 @@ _OTHER_TRAINERS = {
 }
 
 
-def check_losses(config: Any, names: list[str], added: Collection[str], known: Collection[str]) -> None:
-    """Raise InputError if a loss is not `known`, or one of those `added` conflicts with another setting."""
+def check_names(config: Any, names: list[str], added: Collection[str], known: Collection[str]) -> None:
+    """Raise InputError if a loss is not `known`, or one of those `added` conflicts, or for an unknown truncation."""
+    mode, modes = str(config.truncation_mode), ("keep_start", "keep_end")
+    if mode not in modes:
+        raise InputError(f"truncation_mode: '{mode}' is unknown.{nearest(mode, modes)} Use one of {', '.join(modes)}.")
     if not names:
         raise InputError(f"loss_type: required, got an empty list. Use one or more of {', '.join(known)}.")
     for name in names:
@@ -70,12 +69,6 @@ def check_value(config: Any, error: ValidationError) -> None:
         raise InputError(f"{name}: must {must}, got {value!r}. {remedy}.") from None
 
 
-def truncation_error(config: Any) -> InputError:
-    """Return the error for a `truncation_mode` that TRL would refuse with the first batch."""
-    mode, known = str(config.truncation_mode), ("keep_start", "keep_end")
-    return InputError(f"truncation_mode: '{mode}' is unknown.{nearest(mode, known)} Use one of {', '.join(known)}.")
-
-
 def output_dir_error(folder: str, existing: Path) -> InputError:
     """Return the error for an output folder in which nothing can be written, since `existing` allows none."""
     fault = "cannot be written" if existing.is_dir() else "is a file"
@@ -99,16 +92,4 @@ def warn_of_smoothing(config: Any, names: list[str], smoothed: Collection[str]) 
         logger.warning(
             f"label_smoothing={config.label_smoothing} has no effect on loss_type {', '.join(names)}: only "
             f"{', '.join(sorted(smoothed))} read it. Remove it."
-        )
-
-
-def warn_of_rounding(trainer: Any) -> None:
-    """Warn of whole weights in bfloat16 that are trained without the float32 copy that DeepSpeed and FSDP keep."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or hasattr(model, "peft_config"):
-        return
-    if any(weight.dtype == torch.bfloat16 for weight in model.parameters() if weight.requires_grad):
-        logger.warning(
-            "dtype: weights in bfloat16 are trained without a copy in float32, so at small learning rates rounding "
-            "loses most updates. Train float32 weights (the default), or use LoRA, DeepSpeed or FSDP."
         )

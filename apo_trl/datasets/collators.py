@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from apo_trl.errors import InputError
-from apo_trl.io.messages import one_line
+from apo_trl.io.error_text import one_line
 from apo_trl.io.rows import normalise_row
 
 __all__ = ["RowCollator", "render_images"]

@@ -50,10 +50,9 @@ def normalise_datasets(argument: Any, name: str, needs_wins: bool = False, args:
 
 def _normalise(dataset: Any, name: str, *, needs_wins: bool, args: Any) -> Any:
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
-        raise InputError(
-            f"The {name} dataset has a transform, which rows get only when they are read. Apply it with `dataset.map`; "
-            "images are loaded when they are read by `dataset.cast_column('images', List(Image()))`."
-        )
+        from apo_trl.io.columns import transform_error
+
+        raise transform_error(name)
     dataset = dataset.with_format(None)
     if isinstance(dataset, IterableDataset):
         from apo_trl.datasets.streams import check_first_row
@@ -73,8 +72,7 @@ def _normalise(dataset: Any, name: str, *, needs_wins: bool, args: Any) -> Any:
     kind = Value("string") if form == "text" else Json()
     kinds: dict[str, Any] = dict.fromkeys(("prompt", "chosen", "rejected"), kind)
     kinds |= {column: Json() for column in ("tools", "chat_template_kwargs") if column in columns}
-    # Where `prompt` is null the question may be in another column.
-    narrow = "prompt" in columns and not dataset.data["prompt"].null_count
+    narrow = "prompt" in columns and not dataset.data["prompt"].null_count  # else the question may be elsewhere
     read = [*kinds, "chosen_wins"] if narrow else [name for name in columns if name not in _IMAGES]
     function = functools.partial(_normal_columns, columns=[] if vision else list(kinds), **options)
     features = Features(_REASON if vision else _REASON | kinds)

@@ -7,13 +7,19 @@ from typing import Any
 from accelerate.logging import get_logger
 
 from apo_trl.config import has_option
-from apo_trl.errors import InputError, InvalidRow, StreamError
+from apo_trl.errors import InputError, InvalidRow
 from apo_trl.io.rows import OTHER_FORMATS, degenerate_reason, normalise_row, row_form
 from apo_trl.io.tokenization import encode_pair
 
-__all__ = ["StreamFilter", "check_first_row", "check_settings", "normalise_stream"]
+__all__ = ["StreamError", "StreamFilter", "check_first_row", "check_settings", "normalise_stream"]
 
 logger = get_logger(__name__)
+
+
+class StreamError(InputError):
+    """An invalid row of a stream, which only the process that reads it finds, and therefore prints."""
+
+    everywhere = True
 
 
 def check_settings(config: Any) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from apo_trl.errors import InvalidRow
 from apo_trl.io.messages import replace_surrogates
 
-__all__ = ["as_json", "check_role", "content_error", "message_list", "missing_column", "normalise_columns"]
-__all__ += ["parse_list", "parse_messages", "unknown_column"]
+__all__ = ["as_json", "check_role", "content_error", "message_list", "missing_column", "more_of_message"]
+__all__ += ["normalise_columns", "parse_messages", "transform_error", "unknown_column"]
 
 _SINGLE_ANSWERS = {"messages", "conversations", "completion", "answer", "response", "output", "text"}
 
@@ -56,6 +56,14 @@ def unknown_column(name: str, meant: str) -> InvalidRow:
     return InvalidRow(f"has the unknown column '{name}'. Did you mean '{meant}'? Rename it")
 
 
+def transform_error(name: str) -> InvalidRow:
+    """Return the error for a dataset with a transform, whose columns are in no row that is stored."""
+    return InvalidRow(
+        f"The {name} dataset has a transform, which rows get only when they are read. Apply it with `dataset.map`; "
+        "images are loaded when they are read by `dataset.cast_column('images', List(Image()))`."
+    )
+
+
 def message_list(value: Any, field: str) -> list[Any]:
     """Return a tuple of messages, or NumPy's array of them, as a list; raise InvalidRow for anything else."""
     value = value.tolist() if hasattr(value, "tolist") else value
@@ -95,9 +103,12 @@ def normalise_columns(row: dict[str, Any], needs_wins: bool, vision: bool) -> di
     return row
 
 
-def parse_list(text: str, field: str) -> list[Any]:
-    """Return the list of objects that a text holds as JSON, or raise InvalidRow."""
-    return list(_parse(text, field, list))
+def more_of_message(values: Mapping[str, Any]) -> Any:
+    """Return what a message has beside role and content; raise InvalidRow for tool calls that are no list."""
+    more = as_json(values)
+    if isinstance(calls := more.get("tool_calls"), str):  # as `pairs build` writes those of several types
+        more["tool_calls"] = _parse(calls, "tool_calls", list)
+    return more
 
 
 def as_json(value: Any) -> Any:

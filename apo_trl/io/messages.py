@@ -1,9 +1,9 @@
-"""Text of chat messages and of errors."""
+"""Text of chat messages."""
 
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["BEFORE_AN_ANSWER", "content_text", "one_line", "replace_surrogates"]
+__all__ = ["BEFORE_AN_ANSWER", "content_text", "replace_surrogates"]
 
 BEFORE_AN_ANSWER = ("system", "developer", "user")
 """Roles of messages that no answer begins with."""
@@ -26,8 +26,3 @@ def replace_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def one_line(error: object) -> str:
-    """Return an error's message on one line, shortened, without its full stop, or its class if it has no message."""
-    return " ".join(replace_surrogates(str(error)).split())[:300].rstrip(".;: ") or type(error).__name__

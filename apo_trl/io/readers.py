@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apo_trl.errors import InputError, InvalidRow
-from apo_trl.io.messages import one_line
+from apo_trl.io.error_text import one_line
 from apo_trl.io.resources import check_path, nearest_path, packaged
 from apo_trl.io.rows import ROW_COLUMNS, normalise_row, row_form
 

@@ -121,11 +121,9 @@ def normalise_messages(value: Any, field: str, vision: bool = False) -> list[dic
                 raise content_error(given, parts, field)
         normal = {"role": replace_surrogates(role), "content": content}
         if rest := {key: part for key, part in message.items() if key not in normal}:
-            from apo_trl.io.columns import as_json, parse_list
+            from apo_trl.io.columns import more_of_message
 
-            normal |= as_json(rest)
-            if isinstance(calls := normal.get("tool_calls"), str):  # as `pairs build` writes those of several types
-                normal["tool_calls"] = parse_list(calls, "tool_calls")
+            normal |= more_of_message(rest)
         messages.append(normal)
     return messages
 

@@ -1,12 +1,11 @@
 """`run.json` in the output folder of a training: its model, data and settings, and the versions of its packages."""
 
-import contextlib
 import dataclasses
 import json
 import platform
 import re
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,8 @@ def write_run(trainer: Any) -> None:
     name = getattr(getattr(dataset, "info", None), "dataset_name", None) or type(dataset).__name__
     autocast = "bfloat16" if config.bf16 else "float16" if config.fp16 else "no"
     precision = f"{str(model.dtype).removeprefix('torch.')}, {autocast} autocast"
-    versions = _versions() | {"python": platform.python_version()}
+    versions = {package: found.version for package in _PACKAGES for found in distributions(name=package)}
+    versions["python"] = platform.python_version()
     device = f"{config.world_size} x {config.device.type}"
     record = {"model": model.config._name_or_path, "versions": versions, "device": device}
     rows = f", {len(dataset):,} rows" if isinstance(dataset, Dataset) else ""
@@ -48,14 +48,6 @@ def write_run(trainer: Any) -> None:
     beside = Path(config.output_dir, "run.json.part")
     beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     beside.replace(beside.with_suffix(""))
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
 
 
 def _without_keys(settings: dict[str, Any]) -> dict[str, Any]:

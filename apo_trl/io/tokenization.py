@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from apo_trl.errors import InputError
-from apo_trl.io.messages import one_line
+from apo_trl.io.error_text import one_line
 from apo_trl.io.prompt import common_prefix_length
 from apo_trl.io.rows import normalise_row
 

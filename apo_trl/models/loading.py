@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from apo_trl.errors import InputError
-from apo_trl.io.messages import one_line
+from apo_trl.io.error_text import one_line
 from apo_trl.io.resources import nearest_path
 from apo_trl.models.packaged import resolve_model
 

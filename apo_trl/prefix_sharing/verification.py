@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apo_trl.io.messages import one_line
+from apo_trl.io.error_text import one_line
 from apo_trl.prefix_sharing.forward import NO_INTERFACE, packed_forward, unpack
 from apo_trl.prefix_sharing.layout import PackedBatch, pack
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from apo_trl.errors import InputError, nearest
-from apo_trl.io.messages import one_line
+from apo_trl.io.error_text import one_line
 from apo_trl.io.resources import check_path, find_recipe, read_yaml
 
 __all__ = ["Run", "check_paths", "parse", "trl_script", "with_recipe"]

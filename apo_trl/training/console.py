@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from apo_trl.errors import InputError, StreamError
+from apo_trl.errors import InputError
 from apo_trl.io.disk import full_disk_error
 
 __all__ = [
@@ -75,7 +75,7 @@ def exit_on_error() -> Iterator[None]:
             yield
             sys.stdout.flush()  # or a closed pipe is found when Python ends, with a traceback
         except InputError as error:
-            _exit(2, f"error: {error}", everywhere=isinstance(error, StreamError))
+            _exit(2, f"error: {error}", everywhere=getattr(error, "everywhere", False))
         except BrokenPipeError:
             if not (closed := _closed_outputs()):
                 raise  # it was another pipe or a socket

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["THRESHOLD", "hardly_moved", "hardly_moved_after", "hardly_moved_by_log", "movement_of"]
+__all__ = ["THRESHOLD", "hardly_moved", "hardly_moved_after", "hardly_moved_by_log", "loses_updates", "movement_of"]
 
 THRESHOLD = 0.05
 """In nats per square root of a token: above the rounding of bfloat16, which grows like that (docs/metrics.md)."""
@@ -50,3 +50,16 @@ def hardly_moved_by_log(entries: Iterable[Mapping[str, Any]], *, beta: Any, **no
                 values = [entry[prefix + key] for key in keys]
                 moved.append(_movement(np.array(values[:2]) / beta, values[2:]))
     return hardly_moved(max(moved), **now) if moved else ""
+
+
+def loses_updates(trainer: Any) -> str:
+    """Return a warning if whole weights in bfloat16 train without a copy in float32, else an empty string."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or hasattr(model, "peft_config"):
+        return ""
+    if not any(str(weight.dtype) == "torch.bfloat16" for weight in model.parameters() if weight.requires_grad):
+        return ""
+    return (
+        "dtype: weights in bfloat16 are trained without a copy in float32, so at small learning rates rounding loses "
+        "most updates. Train float32 weights (the default), or use LoRA, DeepSpeed or FSDP."
+    )

@@ -9,15 +9,15 @@ from typing import Any
 
 from apo_trl.errors import InputError, nearest
 from apo_trl.io.disk import full_disk_error
+from apo_trl.io.error_text import one_line
 from apo_trl.io.files import read_json
-from apo_trl.io.messages import one_line
 from apo_trl.io.readers import load_dataset_splits, loading_errors
 from apo_trl.io.run_record import changed_settings
 from apo_trl.training.arguments import Run
 from apo_trl.training.checkpoints import resume_from, resume_hint, start_line, write_older_checkpoints
 from apo_trl.training.console import ignore_signals, is_local_main_process
 from apo_trl.training.lock import output_lock
-from apo_trl.training.movement import hardly_moved_after
+from apo_trl.training.movement import hardly_moved_after, loses_updates
 
 __all__ = ["load_run_dataset", "make_trainer", "select_splits", "train"]
 
@@ -131,6 +131,8 @@ def _train(trainer: Any, run: Run, start: str | None) -> None:
     before = read_json(Path(output_dir, "run.json")) if start else None
     if before and before.get("dataset") != (data := trainer.run_record.get("dataset")):
         trainer.run_record["dataset"] = f"{before.get('dataset')}, then {data}"
+    if warning := loses_updates(trainer):
+        trainer.accelerator.print(f"Warning: {warning}")
     trainer.train(resume_from_checkpoint=start)
     trainer.save_model(output_dir)
     trainer.save_state()  # the logs, for `apo-trl report`

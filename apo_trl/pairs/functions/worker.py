@@ -19,7 +19,8 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from apo_trl.io.messages import one_line, replace_surrogates
+from apo_trl.io.error_text import one_line
+from apo_trl.io.messages import replace_surrogates
 
 __all__ = ["load", "main", "results_of"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import openai
 
-from apo_trl.io.messages import one_line
+from apo_trl.io.error_text import one_line
 from apo_trl.pairs.config.settings import Role, Settings
 from apo_trl.pairs.llm.batcher import Batcher
 from apo_trl.pairs.llm.reply import failure_of

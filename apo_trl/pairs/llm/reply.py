@@ -8,7 +8,8 @@ import re
 from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
-from apo_trl.io.messages import one_line, replace_surrogates
+from apo_trl.io.error_text import one_line
+from apo_trl.io.messages import replace_surrogates
 
 __all__ = ["MARKS", "Reply", "choices_of", "failure_of", "open_thoughts", "read_reply", "usage_of"]
 

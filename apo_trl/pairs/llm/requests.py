@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
@@ -175,15 +176,18 @@ class Requester:
         source["parameters"] = parameters
         if self._by_url:
             source["base_url"] = role.base_url
-        if role.model and (weights := _weights(Path(role.model))):  # a server may name it by its folder, too
+        if weights := _weights(role.model or ""):  # a server may name it by its folder, too
             source["weights"] = weights
         body = {"model": role.model, "messages": messages, **parameters}
         seed = int(hashlib.sha256(text.encode()).hexdigest()[:7], 16)
         return Request(reply_key(**source), role, step, row, sample, body, seed)
 
 
-def _weights(folder: Path) -> list[tuple[str, int, int]]:
+def _weights(model: str) -> list[tuple[str, int, int]]:
     """Return what shows that the weights in a folder are others, as after another training: names, sizes and times."""
+    if not os.path.isdir(model):  # Path.is_dir raises an error for a long name
+        return []
+    folder = Path(model)
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     return sorted((path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files)
 

@@ -16,7 +16,7 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from apo_trl.errors import InputError, nearest
-from apo_trl.io.messages import one_line
+from apo_trl.io.error_text import one_line
 
 __all__ = ["Asked", "Template", "load_template", "suffix_for"]
 
