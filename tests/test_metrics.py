@@ -2,14 +2,13 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_model
+from test_cli import BIN, command
 from transformers import EarlyStoppingCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -278,15 +277,9 @@ if trainer.is_world_process_zero():
 def test_pairs_that_processes_repeat_count_once(evaluating, dataset, model_dir, tmp_path):
     """Five pairs in batches of two on two processes: accelerate fills the last one with three of them."""
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    launch = [
-        Path(sys.executable).with_name("accelerate"),
-        "launch",
-        "--config_file",
-        recipe_folder() / "accelerate" / "ddp.yaml",
-    ]
-    launch += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--main_process_port", "0"]
-    arguments = [tmp_path / "script.py", model_dir, Path(__file__).parent, tmp_path / "out"]
-    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, check=False)
+    hardware = ["--config_file", recipe_folder() / "accelerate" / "ddp.yaml", "--num_processes", "2"]
+    launch = [BIN / "accelerate", "launch", *hardware, "--num_machines", "1", "--mixed_precision", "no"]
+    done = command(*launch, tmp_path / "script.py", model_dir, Path(__file__).parent, tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.partition("METRICS ")[2].splitlines()[0])
     expected = evaluating(1, sets=dataset.select(range(5))).evaluate()
