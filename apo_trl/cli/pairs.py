@@ -47,6 +47,7 @@ def build(recipe: str, **keys: Any) -> None:
     from apo_trl.pairs.estimate import estimate, table
     from apo_trl.pairs.llm.response_cache import open_read_only
     from apo_trl.pairs.output.advice import commonest
+    from apo_trl.pairs.text.reasons import RETRY
 
     settings = parse(recipe, keys)
     if settings.dry_run:
@@ -65,7 +66,7 @@ def build(recipe: str, **keys: Any) -> None:
     elif "not_answered" in report["dropped"]:
         print("Some rows wait for a batch: `apo-trl pairs import-batch`, then the same command.", file=sys.stderr)
     elif not report["complete"]:
-        print("Some requests failed. Run the same command again to retry only those.", file=sys.stderr)
+        print(RETRY, file=sys.stderr)
     elif report["advice"]:
         print(f"Read the replies: apo-trl pairs show {folder} --reason {commonest(report['dropped']) or 'kept'}")
     else:

@@ -105,7 +105,7 @@ def check_config(config: DPOConfig) -> None:
     if of_losses or not names or not set(known).issuperset(names) or config.truncation_mode not in _TRUNCATION:
         from apo_trl.config.conflicts import check_names
 
-        check_names(config, names, ADDED_LOSSES, known)
+        check_names(config, names, ADDED_LOSSES, known, _TRUNCATION)
     if has_option(config, "group_by_prompt"):
         from apo_trl.config.conflicts import check_order
 

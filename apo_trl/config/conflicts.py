@@ -29,10 +29,11 @@ _OTHER_TRAINERS = {
 }
 
 
-def check_names(config: Any, names: list[str], added: Collection[str], known: Collection[str]) -> None:
-    """Raise InputError if a loss is not `known`, or one of those `added` conflicts, or for an unknown truncation."""
-    mode, modes = str(config.truncation_mode), ("keep_start", "keep_end")
-    if mode not in modes:
+def check_names(
+    config: Any, names: list[str], added: Collection[str], known: Collection[str], modes: Collection[str]
+) -> None:
+    """Raise InputError if a loss is not `known`, one of those `added` conflicts, or truncation is not in `modes`."""
+    if (mode := str(config.truncation_mode)) not in modes:
         raise InputError(f"truncation_mode: '{mode}' is unknown.{nearest(mode, modes)} Use one of {', '.join(modes)}.")
     if not names:
         raise InputError(f"loss_type: required, got an empty list. Use one or more of {', '.join(known)}.")

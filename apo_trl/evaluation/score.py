@@ -21,8 +21,9 @@ from apo_trl.io.files import atomic_write, write_json
 from apo_trl.pairs.config.settings import Settings
 from apo_trl.pairs.llm.requests import Dropped, Requester
 from apo_trl.pairs.methods import with_system
+from apo_trl.pairs.output.parquet import is_writable
 from apo_trl.pairs.prompts import PromptSource, Record
-from apo_trl.pairs.text.reasons import WAITING
+from apo_trl.pairs.text.reasons import RETRY, WAITING
 
 __all__ = ["score", "summarise", "table"]
 
@@ -87,10 +88,10 @@ def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         values = [row.get(name) for row in rows]
         try:
             columns[name] = pa.array(values)
-            is_writable = "struct<>" not in str(columns[name].type)  # Parquet has no objects without keys
+            is_plain = is_writable(columns[name].type)
         except (pa.ArrowException, OverflowError):  # values of different types
-            is_writable = False
-        if not is_writable:
+            is_plain = False
+        if not is_plain:
             columns[name] = pa.array([None if value is None else json.dumps(value, default=str) for value in values])
         if pa.types.is_null(columns[name].type):
             columns[name] = columns[name].cast(pa.float64() if name in ("score", "words") else pa.string())
@@ -155,7 +156,7 @@ def table(report: Mapping[str, Any]) -> str:
     if report["problems"]:
         lines.append("No score: " + ", ".join(f"{count:,} {name}" for name, count in report["problems"].items()) + ".")
     if WAITING.intersection(report["problems"]) and not report.get("stopped"):
-        lines.append("Some requests failed. Run the same command again to retry only those.")
+        lines.append(RETRY)
     if report["worst"]:
         lines.append(f"Lowest scores: {', '.join(report['worst'])}")
     return "\n".join(lines)

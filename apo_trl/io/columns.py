@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from apo_trl.errors import InvalidRow
+from apo_trl.errors import InputError, InvalidRow
 from apo_trl.io.messages import replace_surrogates
 
 __all__ = ["as_json", "check_role", "content_error", "message_list", "missing_column", "more_of_message"]
@@ -56,9 +56,9 @@ def unknown_column(name: str, meant: str) -> InvalidRow:
     return InvalidRow(f"has the unknown column '{name}'. Did you mean '{meant}'? Rename it")
 
 
-def transform_error(name: str) -> InvalidRow:
+def transform_error(name: str) -> InputError:
     """Return the error for a dataset with a transform, whose columns are in no row that is stored."""
-    return InvalidRow(
+    return InputError(
         f"The {name} dataset has a transform, which rows get only when they are read. Apply it with `dataset.map`; "
         "images are loaded when they are read by `dataset.cast_column('images', List(Image()))`."
     )

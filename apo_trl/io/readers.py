@@ -185,15 +185,12 @@ def _load_files(builder: str, files: Any, kwargs: dict[str, Any]) -> Any:
     from datasets.exceptions import DatasetGenerationError
     from datasets.load import load_dataset
 
-    typed = builder != "json" or kwargs.get("streaming") or "features" in kwargs
+    if builder != "json" or kwargs.get("streaming") or "features" in kwargs:
+        return load_dataset(builder, data_files=files, **kwargs)
     try:
         loaded = load_dataset(builder, data_files=files, **kwargs)
     except DatasetGenerationError:
-        if typed:
-            raise
         return load_dataset(builder, data_files=files, features=_features_of(files), **kwargs)
-    if typed:
-        return loaded
     first = loaded[0] if isinstance(loaded, list) else loaded
     features = (next(iter(first.values())) if isinstance(first, dict) else first).features
     simple = (Value("string"), List({"role": Value("string"), "content": Value("string")}))

@@ -44,11 +44,15 @@ def disk_use(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
+_DROPPED = {"pairs": ("report.json", "dropped"), "score": ("score.json", "problems")}
+
+
 def failed_requests(folder: Path, stage: str) -> int:
     """Return the number of rows of a round's `pairs` or `score` that have no result because a request failed."""
-    report = read_json(folder / stage / ("report.json" if stage == "pairs" else "score.json"))
-    counts = report["dropped" if stage == "pairs" else "problems"] if isinstance(report, dict) else {}
-    return sum(count for reason, count in counts.items() if reason in WAITING)
+    file, counts = _DROPPED[stage]
+    report = read_json(folder / stage / file)
+    dropped = report[counts] if isinstance(report, dict) else {}
+    return sum(count for reason, count in dropped.items() if reason in WAITING)
 
 
 def _round(folder: Path, number: int) -> dict[str, Any]:

@@ -62,6 +62,24 @@ class _ChatModel:
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
         return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
 
+    def _answer_each(
+        self,
+        bodies: list[dict[str, Any]],
+        read: Callable[[dict[str, Any]], Any],
+        size: Callable[[Any], Any],
+        run: Callable[[list[Any]], list[dict[str, Any]]],
+    ) -> list[dict[str, Any]]:
+        """Return a response for each body, in order: that of `run`, or the error for one that `read` refuses."""
+        responses: dict[int, dict[str, Any]] = {}
+        requests: dict[int, Any] = {}
+        for index, body in enumerate(bodies):
+            try:
+                requests[index] = read(body)
+            except InputError as error:
+                responses[index] = _error(str(error))
+        responses |= self._in_batches(requests, size, run)
+        return [responses[index] for index in range(len(bodies))]
+
     def _in_batches(
         self, items: Mapping[int, Any], size: Callable[[Any], Any], run: Callable[[list[Any]], list[dict[str, Any]]]
     ) -> dict[int, dict[str, Any]]:
@@ -123,15 +141,7 @@ class Generator(_ChatModel):
         the context leaves) and `seed` (default: torch's global generator). A request that fails affects no other one;
         its response is `{"error": {"message": ...}}`.
         """
-        responses: dict[int, dict[str, Any]] = {}
-        requests: dict[int, _Request] = {}
-        for index, body in enumerate(bodies):
-            try:
-                requests[index] = self._request(body)
-            except InputError as error:
-                responses[index] = _error(str(error))
-        responses |= self._in_batches(requests, lambda request: (request.limit, len(request.ids)), self._generate)
-        return [responses[index] for index in range(len(bodies))]
+        return self._answer_each(bodies, self._request, lambda each: (each.limit, len(each.ids)), self._generate)
 
     def _request(self, body: dict[str, Any]) -> _Request:
         if unknown := body.keys() - {"messages", "model", "temperature", "top_p", "max_tokens", "seed"}:
@@ -222,20 +232,13 @@ class RewardModel(_ChatModel):
 
         A request that fails affects no other one; its response is `{"error": {"message": ...}}`.
         """
-        responses: dict[int, dict[str, Any]] = {}
-        fitting: dict[int, list[int]] = {}
-        for index, body in enumerate(bodies):
-            try:
-                ids = self._tokenize(body["messages"], add_generation_prompt=False)
-            except InputError as error:
-                responses[index] = _error(str(error))
-                continue
-            if len(ids) <= self._longest:
-                fitting[index] = ids
-            else:  # nothing is truncated
-                responses[index] = _error(f"messages: longer than the model's {self._longest} tokens.")
-        responses |= self._in_batches(fitting, len, self._score)
-        return [responses[index] for index in range(len(bodies))]
+        return self._answer_each(bodies, self._ids, len, self._score)
+
+    def _ids(self, body: dict[str, Any]) -> list[int]:
+        ids = self._tokenize(body["messages"], add_generation_prompt=False)
+        if len(ids) > self._longest:  # nothing is truncated
+            raise InputError(f"messages: longer than the model's {self._longest} tokens.")
+        return ids
 
     @torch.inference_mode()
     def _score(self, batch: list[list[int]]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Requests for completions: read from the response cache first, else sent, and never sent twice at once."""
 
 import asyncio
+import functools
 import hashlib
 import json
 import os
@@ -82,6 +83,7 @@ class Requester:
         self._max_failures, self._by_url = settings.max_failures, settings.cache_by_url
         self._used: defaultdict[str, list[str]] = defaultdict(list)  # keys of the replies of each open row
         self._settings = settings
+        self._weights = functools.cache(_weights)  # of each model once, not for every request
         self.thoughts, self.repairs = Counter[str](), Counter[str]()
 
     async def ask(
@@ -176,7 +178,7 @@ class Requester:
         source["parameters"] = parameters
         if self._by_url:
             source["base_url"] = role.base_url
-        if weights := _weights(role.model or ""):  # a server may name it by its folder, too
+        if weights := self._weights(role.model or ""):  # a server may name it by its folder, too
             source["weights"] = weights
         body = {"model": role.model, "messages": messages, **parameters}
         seed = int(hashlib.sha256(text.encode()).hexdigest()[:7], 16)

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["to_parquet"]
+__all__ = ["is_writable", "to_parquet"]
 
 _CHUNK = 1000
 
@@ -47,12 +47,16 @@ def _extra_types(source: Path) -> dict[str, Any]:
                 types[key] = pa.unify_schemas(both, promote_options="permissive").field(key).type
             except (pa.ArrowException, OverflowError):  # different types; a string unifies with no other type later
                 types[key] = pa.string()
-    for key, kind in types.items():
-        try:
-            pq.write_table(pa.table({key: pa.array([], kind)}), io.BytesIO())
-        except pa.ArrowNotImplementedError:  # objects without keys
-            types[key] = pa.string()
-    return types
+    return {key: kind if is_writable(kind) else pa.string() for key, kind in types.items()}
+
+
+def is_writable(kind: Any) -> bool:
+    """Return whether Parquet has a type of pyarrow: it has no objects without keys."""
+    try:
+        pq.write_table(pa.table({"": pa.array([], kind)}), io.BytesIO())
+    except pa.ArrowNotImplementedError:
+        return False
+    return True
 
 
 def _chunks(path: Path) -> Iterator[list[dict[str, Any]]]:

@@ -6,7 +6,10 @@ from pathlib import Path
 from apo_trl.pairs.config.keys import ROLES, Settings
 from apo_trl.pairs.text.filters import REVISION_REASONS
 
-__all__ = ["REASONS", "WAITING", "remedy"]
+__all__ = ["REASONS", "RETRY", "WAITING", "remedy"]
+
+RETRY = "Some requests failed. Run the same command again to retry only those."
+"""What a command prints last if it left requests unanswered."""
 
 _RERUN = "Run the same command again."
 _REPLIES = {
